@@ -90,7 +90,7 @@ def resolve_source(spec: str | Path, *, what: str) -> Source:
     text = str(spec)
     path = Path(text).expanduser()
     if path.is_dir():
-        return Source(text, path.resolve().name, None, path.resolve())
+        return describe_source(path)
     if path.exists():
         raise EPMQInputError(f"{what}: `{text}` is a file, not a checkpoint folder.")
     repo, _, revision = text.partition("@")
@@ -113,6 +113,16 @@ def resolve_source(spec: str | Path, *, what: str) -> Source:
         ) from error
     commit = folder.name if _COMMIT.fullmatch(folder.name) else revision or None
     return Source(text, repo, commit, folder)
+
+
+def describe_source(path: Path) -> Source:
+    """What may be published of a local folder; one of the hub cache knows its id and commit."""
+    folder = path.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        hub_id = repository.removeprefix("models--").replace("--", "/")
+        return Source(str(path), hub_id, folder.name, folder)
+    return Source(str(path), folder.name, None, folder)
 
 
 class Checkpoint:
@@ -190,8 +200,9 @@ class Checkpoint:
         handle = self._open(file)
         for name in handle.keys():
             if name in self._tensors:
+                first = self._tensors[name].file
                 raise EPMQInputError(
-                    f"{self.what}: tensor `{name}` is in both `{self._tensors[name].file}` and `{file}`."
+                    f"{self.what}: tensor `{name}` is in both `{first}` and `{file}`."
                 )
             view = handle.get_slice(name)
             self._tensors[name] = TensorInfo(name, tuple(view.get_shape()), view.get_dtype(), file)
@@ -203,7 +214,8 @@ class Checkpoint:
             info = self._tensors.get(name)
             if info is None or info.file != file:
                 raise EPMQInputError(
-                    f"{self.what}: `{INDEX_NAME}` says tensor `{name}` is in `{file}`, which lacks it."
+                    f"{self.what}: `{INDEX_NAME}` says tensor `{name}` is in `{file}`, which lacks "
+                    "it."
                 )
         unmapped = sorted(set(self._tensors) - set(self._index))
         if unmapped:
@@ -221,7 +233,8 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 size = (self.path / file).stat().st_size
                 raise EPMQInputError(
-                    f"{self.what}: shard `{file}` ({size} bytes) is damaged: {error}. Fetch it again."
+                    f"{self.what}: shard `{file}` ({size} bytes) is damaged: {error}. Fetch it "
+                    "again."
                 ) from error
             self._handles[file] = handle
         return handle

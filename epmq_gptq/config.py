@@ -1,0 +1,289 @@
+"""``EPMQConfig``: a ``GPTQConfig`` that also names the experts and the strength of the anchor."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import json
+import math
+import numbers
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from gptqmodel.quantization.config import GPTQConfig
+
+from .errors import EPMQInputError
+
+CONFIG_VERSION = 1
+
+# The anchor λ is the damping. The host insists on a value in (0, 1) and adds it once more, so it
+# gets one that changes no bit of an fp32 diagonal that the anchor already holds up.
+NUMERICAL_DAMP = 1e-12
+
+# Expert names reach file names, tables and the published provenance.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+# Host features that move the weights or replace the objective, so that the experts' weights would
+# no longer be comparable with the merged ones.
+_REFUSED = {
+    "rotation": "it rotates the merged weights but not the experts'",
+    "gptaq": "it replaces the objective that E-PMQ replaces as well",
+    "foem": "it replaces the objective that E-PMQ replaces as well",
+    "adapter": "EoRA would repair towards the merge, away from the experts",
+    "activation": "W4A streams change the inputs the statistics are taken from",
+    "preprocessors": "they change the merged weights but not the experts'",
+    "mock_quantization": "it skips the curvature that carries the method",
+}
+_REFUSED_DYNAMIC = ("damp_percent", "gptaq", "foem", "adapter")
+
+# Fields of the host that describe this machine or this process, not the quantization.
+_NOT_SERIALISED = {
+    "offload_to_disk_path",
+    "device",
+    "meta",
+    "method",
+    "damp_percent",
+    "damp_auto_increment",
+    "smooth",
+    "compute_device_filter",
+}
+
+
+@dataclass
+class EPMQConfig(GPTQConfig):
+    """Options of one E-PMQ run, on top of every option of GPTQModel's ``GPTQConfig``.
+
+    Args:
+        experts: the models that were merged: name → local safetensors folder or hub id
+            ``org/name@revision``. The order is the order in which they are folded. At least one.
+        alpha: strength of the anchor to the merged weights, λ = alpha · tr(H) / d (eq. 13). The
+            paper uses 0.01–0.1 for CLIP, 1 for LLMs, 10 for WUDI merges. Large values give plain
+            GPTQ of the merge; 0 is allowed only where every Gram has full rank.
+        alpha_pattern: other alphas for some linear layers: a regular expression that must match the
+            end of the module's full name, whole path parts (``"mlp.down_proj"``, ``"layers.0..*"``;
+            PEFT's rule for its pattern options) → alpha. The first match wins.
+        on_bad_module: what happens where numbers cannot be trusted (non-finite activations, expert
+            weights, target or scales, a curvature that is not positive definite): ``"raise"`` stops
+            the run; ``"rtn"`` rounds that module's merged weight to nearest and records it.
+            Non-finite *merged* weights always stop the run.
+
+    ``damp_percent`` is not an option here: the anchor is the damping. The host's other fields keep
+    their names and defaults (``sym=True, desc_act=False``: what vLLM serves); ``group_size=-1``
+    turns ``act_group_aware`` off, which it rules out.
+
+    Raises:
+        EPMQInputError: an option is out of range, or a host feature cannot go with E-PMQ.
+
+    Source: arXiv 2605.16882.
+    """
+
+    experts: dict[str, str] = field(default_factory=dict)
+    alpha: float = field(default=1.0)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    on_bad_module: str = field(default="raise", metadata={"choices": ["raise", "rtn"]})
+
+    def __post_init__(self) -> None:
+        self.experts = _check_experts(self.experts)
+        self.alpha = _check_alpha(self.alpha, "`alpha`")
+        if not isinstance(self.alpha_pattern, Mapping):
+            raise EPMQInputError(
+                "`alpha_pattern` should be a mapping of module patterns to alphas, got "
+                f"{self.alpha_pattern!r}."
+            )
+        self.alpha_pattern = {
+            _check_pattern(pattern): _check_alpha(value, f"`alpha_pattern[{pattern!r}]`")
+            for pattern, value in self.alpha_pattern.items()
+        }
+        if self.on_bad_module not in ("raise", "rtn"):
+            raise EPMQInputError(
+                f'`on_bad_module` should be "raise" or "rtn", got {self.on_bad_module!r}.'
+            )
+        if self.damp_percent not in (None, NUMERICAL_DAMP):
+            raise EPMQInputError(
+                f"`damp_percent` is not an option of EPMQConfig, got {self.damp_percent!r}: the "
+                "anchor is the damping, set `alpha` (λ = alpha · tr(H)/d) instead."
+            )
+        if self.damp_auto_increment not in (None, 0, 0.0):
+            raise EPMQInputError(
+                "`damp_auto_increment` is not an option of EPMQConfig, got "
+                f"{self.damp_auto_increment!r}: damping is never raised behind your back."
+            )
+        self.damp_percent, self.damp_auto_increment = NUMERICAL_DAMP, 0.0
+        if self.group_size == -1 and self.act_group_aware is None:
+            self.act_group_aware = False
+        for name, why in _REFUSED.items():
+            if getattr(self, name):
+                raise EPMQInputError(
+                    f"`{name}` cannot be used with EPMQConfig: {why}. Leave it out."
+                )
+        for pattern, override in (self.dynamic or {}).items():
+            for name in _REFUSED_DYNAMIC:
+                if isinstance(override, Mapping) and name in override:
+                    raise EPMQInputError(
+                        f"`dynamic[{pattern!r}]` sets `{name}`, which EPMQConfig does not allow; "
+                        "use `alpha_pattern` for a module's anchor."
+                    )
+        try:
+            super().__post_init__()
+        except EPMQInputError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise EPMQInputError(f"EPMQConfig: {error}") from error
+
+    def alpha_for(self, module: str) -> float:
+        """The alpha of the linear layer with this full name."""
+        for pattern, alpha in self.alpha_pattern.items():
+            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+                return alpha
+        return self.alpha
+
+    # ---- standard GPTQ checkpoint --------------------------------------------------------------
+
+    def _update_meta_payload(self, meta_payload: dict[str, Any]) -> None:
+        # The host calls this when it writes quantize_config.json: no place for a machine's path.
+        super()._update_meta_payload(meta_payload)
+        meta_payload.pop("offload_to_disk_path", None)
+
+    # ---- JSON and YAML -------------------------------------------------------------------------
+
+    def to_options(self) -> dict[str, Any]:
+        """Every option that differs from its default, as plain data, with the format's version."""
+        options: dict[str, Any] = {"epmq_config_version": CONFIG_VERSION}
+        for option in dataclasses.fields(self):
+            if not option.init or option.name in _NOT_SERIALISED:
+                continue
+            value = getattr(self, option.name)
+            if value != _normalised_default(option):
+                options[option.name] = _plain(value, option.name)
+        return options
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EPMQConfig:
+        """The inverse of :meth:`to_options`.
+
+        Raises:
+            EPMQInputError: an option that does not exist, or a version from the future.
+        """
+        options = dict(options)
+        version = options.pop("epmq_config_version", CONFIG_VERSION)
+        if version != CONFIG_VERSION:
+            raise EPMQInputError(
+                f"`epmq_config_version` should be {CONFIG_VERSION}, got {version!r}: this file was "
+                "written by another version of epmq_gptq."
+            )
+        known = [option.name for option in dataclasses.fields(cls) if option.init]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f" Did you mean `{close[0]}`?" if close else ""
+                raise EPMQInputError(f"`{name}` is not an option of EPMQConfig.{hint}")
+        return cls(**options)
+
+    def to_json(self) -> str:
+        """:meth:`to_options` as JSON."""
+        return json.dumps(self.to_options(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | Path) -> EPMQConfig:
+        """From JSON text, or from a file where a ``Path`` is given."""
+        return cls.from_options(_parsed(json.loads, text, "JSON"))
+
+    def to_yaml(self) -> str:
+        """:meth:`to_options` as YAML."""
+        return yaml.safe_dump(self.to_options(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str | Path) -> EPMQConfig:
+        """From YAML text, or from a file where a ``Path`` is given."""
+        return cls.from_options(_parsed(yaml.safe_load, text, "YAML"))
+
+
+def _check_experts(experts: Any) -> dict[str, str]:
+    if not isinstance(experts, Mapping) or not experts:
+        raise EPMQInputError(
+            "`experts` should map at least one expert's name to its folder or hub id "
+            f'(`experts={{"math": "org/math-expert@revision"}}`), got {experts!r}.'
+        )
+    checked = {}
+    for name, source in experts.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise EPMQInputError(
+                "`experts`: a name should be letters, digits, `.`, `_` or `-` (at most 64), got "
+                f"{name!r}."
+            )
+        if not isinstance(source, (str, Path)) or not str(source).strip():
+            raise EPMQInputError(
+                f"`experts[{name!r}]` should be a folder or a hub id, got {source!r}."
+            )
+        checked[name] = str(source)
+    return checked
+
+
+def _check_alpha(value: Any, option: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise EPMQInputError(f"{option} should be a number, got {value!r}.")
+    value = float(value)
+    if not math.isfinite(value) or value < 0:
+        raise EPMQInputError(f"{option} should be finite and not negative, got {value!r}.")
+    return value
+
+
+def _check_pattern(pattern: Any) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise EPMQInputError(
+            f"`alpha_pattern`: {pattern!r} is not a regular expression: {error}."
+        ) from error
+    return pattern
+
+
+def _normalised_default(option: dataclasses.Field) -> Any:
+    """What an option holds after ``__post_init__`` where the user said nothing."""
+    if option.name in ("desc_act", "act_group_aware"):
+        return option.name == "act_group_aware"
+    if option.default is not dataclasses.MISSING:
+        return option.default
+    if option.default_factory is not dataclasses.MISSING:
+        return option.default_factory()
+    return None
+
+
+def _plain(value: Any, option: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, torch.device):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, option) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, option) for item in value]
+    if hasattr(value, "to_dict"):
+        return _plain(value.to_dict(), option)
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name), option) for f in dataclasses.fields(value)}
+    raise EPMQInputError(f"`{option}` cannot be written as JSON or YAML: {type(value).__name__}.")
+
+
+def _parsed(load, text: str | Path, kind: str) -> Mapping[str, Any]:
+    try:
+        data = load(text.read_text(encoding="utf-8") if isinstance(text, Path) else text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise EPMQInputError(f"the EPMQConfig is not readable as {kind}: {error}.") from error
+    if not isinstance(data, Mapping):
+        raise EPMQInputError(
+            f"the EPMQConfig should be a {kind} mapping, got {type(data).__name__}."
+        )
+    return data

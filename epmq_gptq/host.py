@@ -1,0 +1,260 @@
+"""The one door to GPTQModel: what we hook, what private things we lean on, and the probe for both.
+
+``install()`` wraps two methods of the host's model class. Each hands over to E-PMQ where the model
+carries an :class:`EPMQConfig` and is the host's own otherwise; nothing else of the host is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from gptqmodel.looper.gptq_processor import GPTQProcessor
+from gptqmodel.looper.module_looper import ModuleLooper
+from gptqmodel.models.base import BaseQModel
+from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
+from gptqmodel.utils.calibration import prepare_calibration_dataset
+from gptqmodel.utils.model import get_layers_with_prefixes
+
+from .calibration import plan_calibration
+from .config import EPMQConfig
+from .errors import EPMQHostError, EPMQInputError
+from .experts import Experts, Linear
+from .processor import EPMQProcessor
+from .provenance import provenance
+from .report import QuantizationReport
+from .saving import save_whole
+
+TESTED = ((7, 6), (7, 7))  # first and last minor version of GPTQModel
+
+# What we call or override, with the parameters we count on. tests/test_host.py reads this table.
+LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+    "dispatch": (
+        BaseQModel,
+        "_quantize_with_calibration",
+        (
+            "calibration",
+            "calibration_concat_size",
+            "calibration_sort",
+            "batch_size",
+            "backend",
+            "calibration_concat_separator",
+            "embed_quant_config",
+            "checkpoint",
+        ),
+    ),
+    "save": (BaseQModel, "save", ("save_dir",)),
+    "definition": (BaseQModel, "simple_layer_modules", ("model_config", "quantize_config")),
+    "loop": (ModuleLooper, "__init__", ("model", "processors")),
+    "rows": (
+        None,
+        "prepare_calibration_dataset",
+        ("calibration_dataset", "batch_size", "calibration_data_min_length"),
+    ),
+    "task": (GPTQ, "quantize", ("blocksize",)),
+    "factor": (GPTQ, "hessian_inverse", ("H",)),
+    "nearest": (GPTQ, "_fallback_quantize", ("strategy", "blocksize", "target_device")),
+    "factor cache": (SharedHessianFactorCache, "__init__", ("generation", "cohort")),
+    "preprocess": (GPTQProcessor, "preprocess", ("module", "fallback")),
+    "hook": (GPTQProcessor, "pre_process_fwd_hook", ("name",)),
+    "group": (GPTQProcessor, "begin_shared_input_capture", ("model", "subset_names")),
+    "solve": (GPTQProcessor, "end_shared_input_capture", ("subset_names",)),
+    "plan": (GPTQProcessor, "_resolve_shared_input_plan", ("model",)),
+    "batch": (GPTQProcessor, "current_batch_index", ()),
+}
+
+
+def probe() -> None:
+    """Refuse a GPTQModel that E-PMQ was not tested with.
+
+    Raises:
+        EPMQHostError: another version, or a method that moved or lost a parameter.
+    """
+    installed = version("gptqmodel")
+    minor = tuple(int(part) for part in installed.split(".")[:2])
+    supported = f"epmq_gptq supports GPTQModel {TESTED[0][0]}.{TESTED[0][1]}–" + (
+        f"{TESTED[1][0]}.{TESTED[1][1]}"
+    )
+    if not TESTED[0] <= minor <= TESTED[1]:
+        raise EPMQHostError(f"{supported}, got {installed}; install one of these.")
+    for owner, name, parameters in LEANED_ON.values():
+        method = prepare_calibration_dataset if owner is None else getattr(owner, name, None)
+        have = inspect.signature(method).parameters if method is not None else {}
+        missing = [parameter for parameter in parameters if parameter not in have]
+        if method is None or missing:
+            what = f"`{getattr(owner, '__name__', 'utils')}.{name}`"
+            raise EPMQHostError(
+                f"{supported}; the installed {installed} has "
+                + (f"{what} without {missing}." if method is not None else f"no {what}.")
+            )
+
+
+def install() -> None:
+    """Make ``EPMQConfig`` known to the host; safe to call again."""
+    if getattr(BaseQModel._quantize_with_calibration, "_epmq", False):
+        return
+    probe()
+    if (os.cpu_count() or 1) <= 2:
+        # On such machines the host's own default, one worker, makes its thread pool refuse to start.
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    host_quantize, host_save = BaseQModel._quantize_with_calibration, BaseQModel.save
+
+    @functools.wraps(host_quantize)
+    def quantize(self, **arguments):
+        if isinstance(self.quantize_config, EPMQConfig):
+            return quantize_with_experts(self, **arguments)
+        return host_quantize(self, **arguments)
+
+    @functools.wraps(host_save)
+    def save(self, save_dir, *arguments, overwrite: bool = False, **options):
+        if isinstance(self.quantize_config, EPMQConfig):
+            write = functools.partial(host_save, self)
+            return save_whole(self, write, save_dir, *arguments, overwrite=overwrite, **options)
+        return host_save(self, save_dir, *arguments, **options)
+
+    quantize._epmq = True
+    BaseQModel._quantize_with_calibration, BaseQModel.save = quantize, save
+
+
+def quantize_with_experts(
+    model: BaseQModel,
+    *,
+    calibration,
+    batch_size: int,
+    calibration_sort: str | None = None,
+    calibration_concat_size: int | None = None,
+    backend=None,
+    adapter_calibration_dataset=None,
+    calibration_concat_separator=None,
+    embed_quant_config=None,
+    checkpoint=None,
+) -> dict[str, Any]:
+    """Run E-PMQ (Algorithm 1) in the host's layer loop.
+
+    Everything that can be refused is refused before the first forward pass.
+
+    Returns:
+        The host's log per processor, and under ``"epmq"`` a :class:`QuantizationReport`, which is
+        also left in ``model.epmq_report``.
+    """
+    config: EPMQConfig = model.quantize_config
+    for option, value, remedy in (
+        ("calibration_concat_size", calibration_concat_size, "concatenate an expert's rows first"),
+        ("calibration_concat_separator", calibration_concat_separator, "leave it out"),
+        ("adapter_calibration_dataset", adapter_calibration_dataset, "leave it out"),
+        ("embed_quant_config", embed_quant_config, "quantize embeddings in a later run"),
+        ("checkpoint", checkpoint, "resuming is not supported yet"),
+    ):
+        if value is not None:
+            raise EPMQInputError(f"`{option}` cannot be used with EPMQConfig: {remedy}.")
+    if calibration_sort not in (None, "asc", "desc"):
+        raise EPMQInputError(
+            '`calibration_sort` should be "asc", "desc" or None with EPMQConfig (rows are sorted '
+            f"within each expert), got {calibration_sort!r}."
+        )
+
+    experts = Experts(config.experts)
+    experts.check_structure(_published_config(model))
+    linears = list(quantizable_linears(model))
+    _check_linears(linears, model, config)
+    experts.bind(linears)
+
+    def prepare(rows: list, rows_per_batch: int):
+        return prepare_calibration_dataset(
+            model,
+            calibration_dataset=rows,
+            calibration_dataset_sort=calibration_sort,
+            batch_size=rows_per_batch,
+            calibration_data_min_length=0,
+        )
+
+    plan = plan_calibration(
+        calibration,
+        experts.names,
+        prepare,
+        batch_size=batch_size,
+        pad=model.dynamic_expert_index is None,
+    )
+    processor = EPMQProcessor(
+        plan=plan,
+        experts=experts,
+        is_routed=model.is_moe_module,
+        tokenizer=model.tokenizer,
+        qcfg=config,
+        batch_size=batch_size,
+    )
+    start = time.perf_counter()
+    options = {}
+    if "disk_write_expected" in inspect.signature(ModuleLooper.__init__).parameters:
+        options["disk_write_expected"] = bool(config.offload_to_disk)
+    looper = ModuleLooper(model, processors=[processor], **options)
+    try:
+        log = looper.loop(backend=backend, fallback=config.fallback)
+    finally:
+        experts.close()
+    order = {linear.name: index for index, linear in enumerate(linears)}
+    report = QuantizationReport(
+        modules=sorted(processor.reports, key=lambda m: order.get(m.module, len(order))),
+        rows=plan.rows,
+        tokens=plan.tokens,
+        seconds=time.perf_counter() - start,
+        shared_groups=processor.shared_groups,
+        shared_layers=processor.shared_layers,
+    )
+    report.provenance = provenance(model, config, experts, report)
+    config.meta["epmq"] = report.provenance
+    model.epmq_report = report
+    return {**log, "epmq": report}
+
+
+def quantizable_linears(model: BaseQModel) -> Iterator[Linear]:
+    """The layers the host will quantize, in forward order, `dynamic` exclusions left out."""
+    config = model.quantize_config
+    names = model.simple_layer_modules(model_config=model.model.config, quantize_config=config)
+    _, layers = get_layers_with_prefixes(model.model, model.extract_layers_node())
+    full_names = [f"{layer}.{name}" for layer in layers for group in names for name in group]
+    if config.lm_head:
+        full_names.append(model.lm_head)
+    modules = dict(model.model.named_modules())
+    for name in full_names:
+        module = modules.get(name)
+        if module is None or config.dynamic_get(layer_name=name) is False:
+            continue
+        yield Linear(name, tuple(module.weight.shape), _stored_names(model, name))
+
+
+def _stored_names(model: BaseQModel, module: str) -> tuple[str, ...]:
+    """Names a checkpoint may hold this module's weight under: the host knows the renamings."""
+    source = model.turtle_model
+    candidates = source._checkpoint_tensor_candidates(module, "weight") if source else []
+    plain = f"{module}.weight"
+    return (plain, *(name for name in candidates if name != plain))
+
+
+def _check_linears(linears: list[Linear], model: BaseQModel, config: EPMQConfig) -> None:
+    if not linears:
+        raise EPMQInputError("no linear layer is left to quantize; `dynamic` excludes all of them.")
+    modules = dict(model.model.named_modules())
+    for linear in linears:
+        group_size = config.dynamic_get(linear.name, "group_size", config.group_size)
+        width = linear.shape[1]
+        if not isinstance(modules[linear.name], torch.nn.Linear):
+            width = linear.shape[0]  # transformers.Conv1D stores (in, out)
+        if group_size > 0 and width % group_size:
+            raise EPMQInputError(
+                f"`group_size` {group_size} does not divide the {width} inputs of "
+                f"`{linear.name}`; choose a divisor, or -1 for one group per row."
+            )
+
+
+def _published_config(model: BaseQModel) -> dict[str, Any]:
+    file = Path(str(model.model_local_path)) / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

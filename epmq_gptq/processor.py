@@ -1,0 +1,433 @@
+"""E-PMQ inside GPTQModel's layer loop: its processor and its per-layer task, with our statistics.
+
+The host runs the layers, calls the hooks, rounds and packs. What changes: inputs are counted per
+expert and per shared input, and between the forward passes of a subset and its rounding every layer
+gets W* as its weight and H_E as its Hessian. ``EPMQ.quantize`` is then the host's own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from gptqmodel.looper.gptq_processor import GPTQProcessor, clone_gptq_config_for_module
+from gptqmodel.looper.named_module import NamedModule
+from gptqmodel.quantization.config import FallbackStrategy
+from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
+from gptqmodel.utils.fallback import should_use_fallback
+
+from .calibration import CalibrationPlan
+from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
+from .experts import Experts, check_finite
+from .report import ModuleReport
+from .statistics import GroupStatistics
+from .target import add_anchor_, anchor_strength, expert_target, numerical_rank
+
+
+class EPMQ(GPTQ):
+    """One linear layer: the host's GPTQ, rounding W* with curvature H_E.
+
+    It counts nothing itself; :class:`EPMQProcessor` hands it the statistics of its input.
+    """
+
+    def __init__(self, module: NamedModule, qcfg, region_timer=None):
+        super().__init__(module=module, qcfg=qcfg, region_timer=region_timer)
+        self.full_name: str = module.full_name
+        self.alpha: float = qcfg.alpha_for(module.full_name)
+        # The host's fallback rounds W_m to nearest and says so in a log line at most. What cannot
+        # be done as asked is decided here, by `on_bad_module`.
+        self.routed_threshold = qcfg.fallback
+        self.fallback = None
+        self.bad: EPMQNumericalError | None = None
+        self.report: ModuleReport | None = None
+
+    def merged_weight(self, device: torch.device) -> torch.Tensor:
+        """``W_m: (out, in)`` fp32 on ``device``, a copy."""
+        return self.clone_module(device=device)
+
+    def expect(self, **numbers) -> None:
+        """Start the report of this layer."""
+        self.report = ModuleReport(
+            module=self.full_name,
+            bits=int(self.qcfg.bits),
+            group_size=int(self.qcfg.group_size),
+            alpha=self.alpha,
+            **numbers,
+        )
+
+    def aim(self, W_target: torch.Tensor, H_E: torch.Tensor, tokens: int) -> None:
+        """Set what is rounded: ``W_target: (out, d)`` with curvature ``H_E: (d, d)`` (copied)."""
+        # The host normalises its Hessian by 2/n and reports a loss per token.
+        self.H = H_E * (2.0 / tokens)
+        self.module_copy = W_target
+        self.nsamples = tokens
+        self._hessian_dirty = False
+
+    def hessian_inverse(self, H: torch.Tensor):
+        """The host's factor, without its silent repairs of the diagonal.
+
+        Raises:
+            EPMQNumericalError: ``H`` is not positive definite as it stands.
+        """
+        diagonal = H.diagonal().clone()
+        factor, damp = super().hessian_inverse(H)
+        if (
+            factor is None
+            or damp != self.qcfg.damp_percent
+            or not torch.equal(diagonal, H.diagonal())
+        ):
+            raise self._not_positive_definite()
+        return factor, damp
+
+    def _not_positive_definite(self) -> EPMQNumericalError:
+        return EPMQNumericalError(
+            f"`{self.full_name}`: the curvature H + λI is not positive definite in fp32 at alpha="
+            f"{self.alpha:g}; raise `alpha` (for this layer: `alpha_pattern`) or give more "
+            "calibration rows.",
+            module=self.full_name,
+        )
+
+    @torch.inference_mode()
+    def quantize(self, blocksize=128):
+        """Round as the host does; returns the host's eight values.
+
+        Raises:
+            EPMQNumericalError: under ``on_bad_module="raise"``, where a number cannot be trusted.
+        """
+        start = time.perf_counter()
+        bad = self.bad
+        if bad is None:
+            try:
+                result = self._round(blocksize)
+            except EPMQNumericalError as error:
+                bad = error
+        if bad is not None:
+            if self.qcfg.on_bad_module == "raise":
+                raise bad
+            result = self._round_to_nearest(blocksize)
+            self.report.target, self.report.reason = "rtn", str(bad)
+        self.report.seconds += time.perf_counter() - start
+        return result
+
+    def _round(self, blocksize: int):
+        tokens = self.nsamples
+        try:
+            result = super().quantize(blocksize=blocksize)
+        except ValueError as error:
+            # With no fallback the host raises at a loss that is not a number.
+            raise EPMQNumericalError(
+                f"`{self.full_name}`: rounding gave a loss that is not a number ({error}).",
+                module=self.full_name,
+            ) from error
+        Q, scale, _, _, _, loss, _, _ = result
+        # Scales are stored in half precision: what overflows there is lost on disk.
+        check_finite(scale.to(torch.float16), f"`{self.full_name}`: scales", module=self.full_name)
+        check_finite(Q, f"`{self.full_name}`: rounded weight", module=self.full_name)
+        # Σ Losses is ½ tr[(Q − W*) (2/n) H_E (Q − W*)ᵀ], and the host divides it by n once more.
+        self.report.loss = float(loss)
+        self.report.excess = float(loss) * tokens * tokens
+        return result
+
+    def _round_to_nearest(self, blocksize: int):
+        self.H = None
+        self.module_copy = None
+        device = torch.device(self.module.weight.device)
+        result = self._fallback_quantize(FallbackStrategy.RTN, blocksize, target_device=device)
+        check_finite(result[1], f"`{self.full_name}`: scales", module=self.full_name)
+        return result
+
+
+@dataclass
+class SharedInput:
+    """The linear layers of one subset that read one input, and the sums over it.
+
+    Attributes:
+        names: the layers, relative to their decoder layer; the first one's hook counts for all.
+        statistics: one per device that ran forward passes.
+        error: the first trouble met while counting, kept when the run goes on with RTN.
+    """
+
+    names: list[str]
+    statistics: dict[torch.device, GroupStatistics] = field(default_factory=dict)
+    error: EPMQNumericalError | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class EPMQProcessor(GPTQProcessor):
+    """The host's GPTQ processor, with expert-guided statistics and targets.
+
+    Args:
+        plan: the batches and the expert of each.
+        experts: the experts' weights, already bound to the model's linear layers.
+        is_routed: whether a module's full name is that of a routed (mixture-of-experts) module.
+        host_arguments: what ``GPTQProcessor`` takes besides the calibration data.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: CalibrationPlan,
+        experts: Experts,
+        is_routed: Callable[[str], bool],
+        **host_arguments,
+    ):
+        super().__init__(
+            calibration=plan,
+            prepare_dataset_func=lambda **_: plan.batches,
+            calibration_concat_size=None,
+            calibration_sort=None,
+            calibration_concat_separator=None,
+            **host_arguments,
+        )
+        self.plan = plan
+        self.experts = experts
+        self.is_routed = is_routed
+        self.reports: list[ModuleReport] = []
+        self.shared_groups = 0
+        self.shared_layers = 0
+        self._inputs: dict[str, SharedInput] = {}  # leader -> its group
+
+    # ---- one task per linear layer -----------------------------------------------------------
+
+    def preprocess(self, module: NamedModule, fallback=None, **kwargs):
+        """Create the layer's task, with `dynamic` overrides; what `dynamic` skips gets none."""
+        qcfg = clone_gptq_config_for_module(self.qcfg, module.full_name, fallback=fallback)
+        if qcfg is None:
+            return
+        self.qcfg_dynamic = qcfg
+        task = EPMQ(module=module, qcfg=qcfg, region_timer=kwargs.get("region_timer"))
+        if not isinstance(task.module, (torch.nn.Linear, transformers.Conv1D)):
+            raise EPMQInputError(
+                f"`{module.full_name}` is a {type(task.module).__name__}; E-PMQ quantizes linear "
+                "layers only. Leave it out with `dynamic`."
+            )
+        task.quantizer.configure(perchannel=True)
+        self.tasks[module.name] = task
+
+    def has_captured_input_ids(self, name: str) -> bool:
+        """Always: ``end_shared_input_capture`` deals by name with a layer that saw no token."""
+        return True
+
+    # ---- counting ----------------------------------------------------------------------------
+
+    def begin_shared_input_capture(
+        self, model, subset_names: list[str], is_lm_head_module: bool = False
+    ) -> dict[str, str]:
+        """Group the subset's layers by the input they share. Returns ``{follower: leader}``."""
+        shared: list[list[str]] = []
+        if self.qcfg.hessian.dedup_shared_inputs and not is_lm_head_module:
+            plan = self._resolve_shared_input_plan(model)
+            for group in plan.shared_groups if plan else ():
+                if group.explicit:
+                    shared.append([name for name in subset_names if name in group.modules])
+        grouped = {name for names in shared for name in names}
+        shared += [[name] for name in subset_names if name not in grouped]
+
+        leaders: dict[str, str] = {}
+        with self.lock:
+            self._inputs = {}
+            for names in shared:
+                names = [name for name in names if name in self.tasks]
+                if not names:
+                    continue
+                self._inputs[names[0]] = SharedInput(names)
+                leaders.update(dict.fromkeys(names[1:], names[0]))
+            self._shared_input_leaders = leaders
+            self._shared_input_capture_generation += 1
+        return dict(leaders)
+
+    def pre_process_fwd_hook(self, name: str):
+        """The hook that counts a batch for the input ``name`` leads; followers count nothing."""
+        group = self._inputs.get(name)
+
+        def skip(module, inputs, output):
+            return None
+
+        def count(module, inputs, output):
+            if group.error is None:
+                self._count(group, inputs[0])
+
+        return skip if group is None else count
+
+    def _count(self, group: SharedInput, X: torch.Tensor) -> None:
+        index = self.current_batch_index()
+        if index is None:
+            raise EPMQHostError("the host ran a calibration batch without naming it.")
+        expert = self.plan.experts[index]
+        keep = getattr(getattr(self, "_mask_tls", None), "value", None)
+        if torch.is_tensor(keep) and X.dim() >= 3 and keep.shape == X.shape[:2]:
+            X = X[keep.to(device=X.device, dtype=torch.bool)]
+        X = X.detach().reshape(-1, X.shape[-1])
+        with group.lock:
+            statistics = group.statistics.get(X.device)
+            if statistics is None:
+                statistics = group.statistics[X.device] = self._statistics(group, X.device)
+            self._guarded(group, lambda: statistics.add(expert, X))
+
+    def _statistics(self, group: SharedInput, device: torch.device) -> GroupStatistics:
+        tasks = {self.tasks[name].full_name: self.tasks[name] for name in group.names}
+
+        def delta(member: str, expert: str) -> torch.Tensor | None:
+            W_i = self.experts.read(expert, member).to(device=device, dtype=torch.float32)
+            task = tasks[member]
+            if isinstance(task.module, transformers.Conv1D):
+                W_i = W_i.t()
+            difference = W_i - task.merged_weight(device)
+            return difference if bool(difference.any()) else None
+
+        columns = next(iter(tasks.values())).columns
+        return GroupStatistics(
+            columns, {name: task.rows for name, task in tasks.items()}, delta, device
+        )
+
+    def _guarded(self, group: SharedInput, step: Callable[[], None]) -> None:
+        """Run a step of the counting; under ``on_bad_module="rtn"`` keep its trouble for later."""
+        try:
+            step()
+        except EPMQNumericalError as error:
+            if self.qcfg.on_bad_module == "raise":
+                raise
+            group.error = error
+
+    # ---- targets -----------------------------------------------------------------------------
+
+    def end_shared_input_capture(self, subset_names: list[str]) -> dict:
+        """After a subset's forward passes, before any rounding: λ, H_E, factor and W* per input."""
+        groups, self._inputs = self._inputs, {}
+        leaders, self._shared_input_leaders = self._shared_input_leaders, {}
+        for group in groups.values():
+            start = time.perf_counter()
+            self._solve(group)
+            seconds = (time.perf_counter() - start) / len(group.names)
+            for name in group.names:
+                self.tasks[name].report.seconds += seconds
+        self.shared_groups += len(set(leaders.values()))
+        self.shared_layers += len(leaders)
+        self.shared_input_dedup_count += len(leaders)
+        self.shared_input_dedup_telemetry = {
+            "enabled": bool(self.qcfg.hessian.dedup_shared_inputs),
+            "expected_followers": len(leaders),
+            "adopted_followers": len(leaders),
+            "cumulative_adopted_followers": self.shared_input_dedup_count,
+            "leader_count": len(set(leaders.values())),
+            "follower_to_leader": dict(leaders),
+            "subset_module_count": len(subset_names),
+            "status": "verified",
+        }
+        return dict(self.shared_input_dedup_telemetry)
+
+    def _solve(self, group: SharedInput) -> None:
+        tasks = [self.tasks[name] for name in group.names]
+        statistics = self._reduced(group, tasks)
+        device = statistics.device
+        merged = {}
+        for task in tasks:
+            merged[task] = task.merged_weight(device)
+            # Nothing sensible can be made of a broken merge, whatever the policy.
+            check_finite(
+                merged[task], f"`{task.full_name}`: the merged weight", module=task.full_name
+            )
+            task.expect(
+                target="experts",
+                lam=0.0,
+                tokens=dict(statistics.tokens),
+                loss=None,
+                excess=None,
+                merge_excess=0.0,
+                seconds=0.0,
+            )
+        if group.error is not None:
+            for task in tasks:
+                task.bad = group.error
+            return
+        H = statistics.gram()
+        if statistics.total_tokens == 0 and all(self.is_routed(t.full_name) for t in tasks):
+            # The limit of eq. 12 where only the anchor is left: ‖Q − W_m‖².
+            H.fill_diagonal_(1.0)
+            for task in tasks:
+                self._keep_merged(task, "no calibration token was routed here")
+                task.aim(merged[task], H, tokens=1)
+            return
+        cohorts: dict[float, list[EPMQ]] = {}
+        for task in tasks:
+            cohorts.setdefault(task.alpha, []).append(task)
+        while cohorts:
+            alpha, cohort = cohorts.popitem()
+            self._aim_cohort(cohort, merged, statistics, H.clone() if cohorts else H, alpha)
+
+    def _reduced(self, group: SharedInput, tasks: list[EPMQ]) -> GroupStatistics:
+        if not group.statistics:
+            device = torch.device(tasks[0].module.weight.device)
+            return self._statistics(group, device)
+        # Always in the order of the devices' names, so that a rerun adds in the same order.
+        first, *others = (group.statistics[d] for d in sorted(group.statistics, key=str))
+        group.statistics = {}
+        self._guarded(group, first.fold)
+        for other in others:
+            self._guarded(group, lambda other=other: first.merge_(other))
+        return first
+
+    def _aim_cohort(
+        self,
+        tasks: list[EPMQ],
+        merged: dict[EPMQ, torch.Tensor],
+        statistics: GroupStatistics,
+        H: torch.Tensor,
+        alpha: float,
+    ) -> None:
+        """Give every layer of one input and one alpha its target; ``H`` becomes ``H_E`` in place."""
+        if alpha == 0.0:
+            rank = numerical_rank(H)
+            if rank < H.shape[0]:
+                raise EPMQNumericalError(
+                    f"`{tasks[0].full_name}`: alpha = 0 leaves the objective singular: the Gram has "
+                    f"rank {rank} of {H.shape[0]} (from {statistics.total_tokens} tokens). Set "
+                    "`alpha` above 0 or give more varied calibration rows.",
+                    module=tasks[0].full_name,
+                )
+        lam = anchor_strength(H, alpha)
+        L, info = torch.linalg.cholesky_ex(add_anchor_(H, lam))
+        if int(info) != 0:
+            for task in tasks:
+                task.bad = task._not_positive_definite()
+            return
+        tokens = statistics.total_tokens
+        for task in tasks:
+            D = statistics.take_delta(task.full_name)
+            task.report.lam = lam
+            if self.is_routed(task.full_name) and should_use_fallback(
+                task.routed_threshold, float(tokens), self.total_calibration_tokens
+            ):
+                self._keep_merged(task, f"only {tokens} calibration tokens were routed here")
+                D = None
+            target = expert_target(merged.pop(task), D, L)
+            try:
+                check_finite(target.W, f"`{task.full_name}`: target W*", module=task.full_name)
+            except EPMQNumericalError as error:
+                task.bad = error
+                continue
+            task.report.merge_excess = target.merge_excess
+            task.aim(target.W, H, tokens)
+        if len(tasks) > 1:
+            cache = SharedHessianFactorCache(
+                self._shared_input_capture_generation, f"{tasks[0].name}@{alpha!r}"
+            )
+            for task in tasks:
+                task.attach_shared_hessian_cache(cache)
+
+    @staticmethod
+    def _keep_merged(task: EPMQ, reason: str) -> None:
+        task.report.target, task.report.reason = "merged", reason
+
+    # ---- rounding ----------------------------------------------------------------------------
+
+    def process(self, module: NamedModule, *args, **kwargs):
+        """Round and pack one layer, the host's way, and keep its report."""
+        task = self.tasks[module.name]
+        super().process(module, *args, **kwargs)
+        with self.lock:
+            self.reports.append(task.report)

@@ -1,0 +1,79 @@
+"""What a run did, module by module: the numbers behind the summary table and the provenance."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModuleReport:
+    """What happened to one linear layer.
+
+    Attributes:
+        module: full name.
+        target: ``"experts"`` (W*), ``"merged"`` (a routed module with too few tokens keeps W_m as
+            its target) or ``"rtn"`` (rounded to nearest by ``on_bad_module="rtn"``).
+        bits, group_size: of its codes.
+        alpha, lam: the anchor, λ = alpha · tr(H) / d (eq. 13).
+        tokens: calibration tokens that reached it, per expert.
+        loss: the host's loss: excess of eq. 12 per token, squared (None for RTN).
+        excess: eq. 12 of the rounded weight minus its unquantized optimum (None for RTN).
+        merge_excess: the same of the unrounded merged weight: what merging alone costs here.
+        seconds: solving and rounding.
+        reason: why ``target`` is not ``"experts"``.
+    """
+
+    module: str
+    target: str
+    bits: int
+    group_size: int
+    alpha: float
+    lam: float
+    tokens: dict[str, int]
+    loss: float | None
+    excess: float | None
+    merge_excess: float
+    seconds: float
+    reason: str = ""
+
+
+@dataclass
+class QuantizationReport:
+    """What a run did.
+
+    Attributes:
+        modules: one entry per quantized linear layer, in forward order.
+        rows, tokens: calibration rows and tokens per expert.
+        seconds: wall time of the quantization loop.
+        shared_groups: inputs whose one Gram and one factor served several layers.
+        shared_layers: layers that used another layer's Gram.
+        provenance: what is published in ``quantize_config.json`` under ``meta.epmq``.
+    """
+
+    modules: list[ModuleReport] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    shared_groups: int = 0
+    shared_layers: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def excess(self) -> float:
+        """Σ over layers of eq. 12 above its optimum, after rounding (RTN layers left out)."""
+        return sum(m.excess for m in self.modules if m.excess is not None)
+
+    @property
+    def merge_excess(self) -> float:
+        """The same of the unrounded merge: what was lost before any rounding."""
+        return sum(m.merge_excess for m in self.modules)
+
+    @property
+    def exceptions(self) -> list[ModuleReport]:
+        """The layers that did not get an expert target."""
+        return [m for m in self.modules if m.target != "experts"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        return asdict(self)

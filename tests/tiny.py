@@ -1,0 +1,95 @@
+"""Small real models for the tests: a Llama, fine-tunes of it that differ by noise, and their rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 260
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and the special tokens that GPTQModel asks for."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    vocabulary |= {byte: index + 4 for index, byte in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def llama(layers: int = 2, hidden: int = 64, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama with grouped-query attention; its weights are large enough to be worth rounding."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def save(model: PreTrainedModel, folder: Path, **options) -> Path:
+    """Save a model with its tokenizer."""
+    model.save_pretrained(folder, **options)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def perturbed(model: PreTrainedModel, seed: int, size: float = 0.3) -> dict[str, torch.Tensor]:
+    """A state dict whose linear weights moved by ``size`` of their own spread."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and "embed" not in name and "lm_head" not in name:
+            tensor += size * tensor.std() * torch.randn(tensor.shape, generator=generator)
+    return state
+
+
+def family(
+    folder: Path, experts: int = 3, *, model: PreTrainedModel | None = None, size: float = 0.3
+) -> tuple[Path, dict[str, Path]]:
+    """Save ``experts`` fine-tunes of one base and their average. Returns the merge and the experts."""
+    model = llama() if model is None else model
+    states = [perturbed(model, seed=100 + index, size=size) for index in range(experts)]
+    paths = {}
+    for index, state in enumerate(states):
+        model.load_state_dict(state)
+        paths[f"expert{index}"] = save(model, folder / f"expert{index}")
+    merged = {name: sum(state[name] for state in states) / experts for name in states[0]}
+    model.load_state_dict(merged)
+    return save(model, folder / "merged"), paths
+
+
+def rows(count: int, length: int, seed: int) -> list[dict[str, list[int]]]:
+    """Random token rows; every seed favours other tokens, so that experts see other inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(VOCABULARY, generator=generator) ** 6
+    weights[:4] = 0
+    return [
+        {
+            "input_ids": torch.multinomial(
+                weights, length, replacement=True, generator=generator
+            ).tolist()
+        }
+        for _ in range(count)
+    ]
