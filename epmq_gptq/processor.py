@@ -7,10 +7,12 @@ gets W* as its weight and H_E as its Hessian. ``EPMQ.quantize`` is then the host
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
@@ -190,6 +192,11 @@ class EPMQProcessor(GPTQProcessor):
         self.shared_groups = 0
         self.shared_layers = 0
         self._inputs: dict[str, SharedInput] = {}  # leader -> its group
+
+    @staticmethod
+    def _build_log_file_path(processor_name: str, current_time: str) -> Path:
+        """The host would leave a `logs` folder in the working directory, which may be read-only."""
+        return Path(os.devnull)
 
     # ---- one task per linear layer -----------------------------------------------------------
 
