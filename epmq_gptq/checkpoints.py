@@ -23,7 +23,15 @@ INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 # What a checkpoint needs to be read as a model; never code, never pickle.
-HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+HUB_PATTERNS = (
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _DTYPES = {

@@ -54,6 +54,7 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "save": (BaseQModel, "save", ("save_dir",)),
     "definition": (BaseQModel, "simple_layer_modules", ("model_config", "quantize_config")),
     "loop": (ModuleLooper, "__init__", ("model", "processors")),
+    "stop": (ModuleLooper, "_request_loop_stop", ("exc",)),
     "rows": (
         None,
         "prepare_calibration_dataset",
@@ -103,7 +104,7 @@ def install() -> None:
         return
     probe()
     if (os.cpu_count() or 1) <= 2:
-        # On such machines the host's own default, one worker, makes its thread pool refuse to start.
+        # There the host's own default, one worker, makes its thread pool refuse to start.
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     host_quantize, host_save = BaseQModel._quantize_with_calibration, BaseQModel.save
 
@@ -196,8 +197,15 @@ def quantize_with_experts(
     if "disk_write_expected" in inspect.signature(ModuleLooper.__init__).parameters:
         options["disk_write_expected"] = bool(config.offload_to_disk)
     looper = ModuleLooper(model, processors=[processor], **options)
+    processor.stop_loop = looper._request_loop_stop
     try:
         log = looper.loop(backend=backend, fallback=config.fallback)
+        if processor.failure is not None:
+            raise processor.failure
+    except BaseException:
+        # Half of the layers may be packed: this object is neither the merge nor a result.
+        model.quantized = False
+        raise
     finally:
         experts.close()
     order = {linear.name: index for index, linear in enumerate(linears)}

@@ -44,7 +44,8 @@ class EPMQ(GPTQ):
         # be done as asked is decided here, by `on_bad_module`.
         self.routed_threshold = qcfg.fallback
         self.fallback = None
-        self.bad: EPMQNumericalError | None = None
+        self.bad: EPMQNumericalError | None = None  # why this layer cannot be rounded as asked
+        self.failure: EPMQNumericalError | None = None  # why the run must stop
         self.report: ModuleReport | None = None
 
     def merged_weight(self, device: torch.device) -> torch.Tensor:
@@ -82,10 +83,10 @@ class EPMQ(GPTQ):
             or damp != self.qcfg.damp_percent
             or not torch.equal(diagonal, H.diagonal())
         ):
-            raise self._not_positive_definite()
+            raise self.not_positive_definite()
         return factor, damp
 
-    def _not_positive_definite(self) -> EPMQNumericalError:
+    def not_positive_definite(self) -> EPMQNumericalError:
         return EPMQNumericalError(
             f"`{self.full_name}`: the curvature H + λI is not positive definite in fp32 at alpha="
             f"{self.alpha:g}; raise `alpha` (for this layer: `alpha_pattern`) or give more "
@@ -95,23 +96,23 @@ class EPMQ(GPTQ):
 
     @torch.inference_mode()
     def quantize(self, blocksize=128):
-        """Round as the host does; returns the host's eight values.
+        """Round as the host does; returns the host's eight values. Never raises for bad numbers:
 
-        Raises:
-            EPMQNumericalError: under ``on_bad_module="raise"``, where a number cannot be trusted.
+        it runs on one of the host's worker threads, where an exception ends the whole process.
+        What went wrong is left in ``failure``, or under ``on_bad_module="rtn"`` in ``report``.
         """
         start = time.perf_counter()
-        bad = self.bad
-        if bad is None:
+        if self.bad is None:
             try:
                 result = self._round(blocksize)
             except EPMQNumericalError as error:
-                bad = error
-        if bad is not None:
-            if self.qcfg.on_bad_module == "raise":
-                raise bad
+                self.bad = error
+        if self.bad is not None:
+            # Under "raise" too: it lets the host finish the layer until its main thread stops.
             result = self._round_to_nearest(blocksize)
-            self.report.target, self.report.reason = "rtn", str(bad)
+            self.report.target, self.report.reason = "rtn", str(self.bad)
+            if self.qcfg.on_bad_module == "raise":
+                self.failure = self.bad
         self.report.seconds += time.perf_counter() - start
         return result
 
@@ -139,8 +140,15 @@ class EPMQ(GPTQ):
         self.module_copy = None
         device = torch.device(self.module.weight.device)
         result = self._fallback_quantize(FallbackStrategy.RTN, blocksize, target_device=device)
-        check_finite(result[1], f"`{self.full_name}`: scales", module=self.full_name)
+        try:
+            self._check_scales(result[1])
+        except EPMQNumericalError as error:
+            self.failure = error
         return result
+
+    def _check_scales(self, scale: torch.Tensor) -> None:
+        # Scales are stored in half precision: what overflows there is lost on disk.
+        check_finite(scale.to(torch.float16), f"`{self.full_name}`: scales", module=self.full_name)
 
 
 @dataclass
@@ -150,12 +158,12 @@ class SharedInput:
     Attributes:
         names: the layers, relative to their decoder layer; the first one's hook counts for all.
         statistics: one per device that ran forward passes.
-        error: the first trouble met while counting, kept when the run goes on with RTN.
+        error: the first trouble met while counting; nothing more is counted then.
     """
 
     names: list[str]
     statistics: dict[torch.device, GroupStatistics] = field(default_factory=dict)
-    error: EPMQNumericalError | None = None
+    error: Exception | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -189,6 +197,8 @@ class EPMQProcessor(GPTQProcessor):
         self.experts = experts
         self.is_routed = is_routed
         self.reports: list[ModuleReport] = []
+        self.failure: EPMQNumericalError | None = None
+        self.stop_loop: Callable[[BaseException], None] = lambda error: None
         self.shared_groups = 0
         self.shared_layers = 0
         self._inputs: dict[str, SharedInput] = {}  # leader -> its group
@@ -224,7 +234,13 @@ class EPMQProcessor(GPTQProcessor):
     def begin_shared_input_capture(
         self, model, subset_names: list[str], is_lm_head_module: bool = False
     ) -> dict[str, str]:
-        """Group the subset's layers by the input they share. Returns ``{follower: leader}``."""
+        """Group the subset's layers by the input they share. Returns ``{follower: leader}``.
+
+        Raises:
+            EPMQNumericalError: a worker met it in an earlier subset.
+        """
+        if self.failure is not None:
+            raise self.failure
         shared: list[list[str]] = []
         if self.qcfg.hessian.dedup_shared_inputs and not is_lm_head_module:
             plan = self._resolve_shared_input_plan(model)
@@ -256,7 +272,7 @@ class EPMQProcessor(GPTQProcessor):
 
         def count(module, inputs, output):
             if group.error is None:
-                self._count(group, inputs[0])
+                self._guarded(group, lambda: self._count(group, inputs[0]))
 
         return skip if group is None else count
 
@@ -273,7 +289,7 @@ class EPMQProcessor(GPTQProcessor):
             statistics = group.statistics.get(X.device)
             if statistics is None:
                 statistics = group.statistics[X.device] = self._statistics(group, X.device)
-            self._guarded(group, lambda: statistics.add(expert, X))
+            statistics.add(expert, X)
 
     def _statistics(self, group: SharedInput, device: torch.device) -> GroupStatistics:
         tasks = {self.tasks[name].full_name: self.tasks[name] for name in group.names}
@@ -291,14 +307,17 @@ class EPMQProcessor(GPTQProcessor):
             columns, {name: task.rows for name, task in tasks.items()}, delta, device
         )
 
-    def _guarded(self, group: SharedInput, step: Callable[[], None]) -> None:
-        """Run a step of the counting; under ``on_bad_module="rtn"`` keep its trouble for later."""
+    @staticmethod
+    def _guarded(group: SharedInput, step: Callable[[], None]) -> None:
+        """Run a step of the counting and keep its trouble for the main thread.
+
+        Forward passes on several devices run on the host's workers, where an exception ends the
+        whole process.
+        """
         try:
             step()
-        except EPMQNumericalError as error:
-            if self.qcfg.on_bad_module == "raise":
-                raise
-            group.error = error
+        except Exception as error:
+            group.error = group.error or error
 
     # ---- targets -----------------------------------------------------------------------------
 
@@ -348,8 +367,10 @@ class EPMQProcessor(GPTQProcessor):
                 seconds=0.0,
             )
         if group.error is not None:
+            if not isinstance(group.error, EPMQNumericalError):
+                raise group.error
             for task in tasks:
-                task.bad = group.error
+                self._mark_bad(task, group.error)
             return
         H = statistics.gram()
         if statistics.total_tokens == 0 and all(self.is_routed(t.full_name) for t in tasks):
@@ -386,21 +407,21 @@ class EPMQProcessor(GPTQProcessor):
         H: torch.Tensor,
         alpha: float,
     ) -> None:
-        """Give every layer of one input and one alpha its target; ``H`` becomes ``H_E`` in place."""
+        """Give the layers of one input and one alpha their targets; ``H`` becomes ``H_E``."""
         if alpha == 0.0:
             rank = numerical_rank(H)
             if rank < H.shape[0]:
                 raise EPMQNumericalError(
-                    f"`{tasks[0].full_name}`: alpha = 0 leaves the objective singular: the Gram has "
-                    f"rank {rank} of {H.shape[0]} (from {statistics.total_tokens} tokens). Set "
-                    "`alpha` above 0 or give more varied calibration rows.",
+                    f"`{tasks[0].full_name}`: alpha = 0 leaves the objective singular: the Gram "
+                    f"has rank {rank} of {H.shape[0]} (from {statistics.total_tokens} tokens). "
+                    "Set `alpha` above 0 or give more varied calibration rows.",
                     module=tasks[0].full_name,
                 )
         lam = anchor_strength(H, alpha)
         L, info = torch.linalg.cholesky_ex(add_anchor_(H, lam))
         if int(info) != 0:
             for task in tasks:
-                task.bad = task._not_positive_definite()
+                self._mark_bad(task, task.not_positive_definite())
             return
         tokens = statistics.total_tokens
         for task in tasks:
@@ -415,7 +436,7 @@ class EPMQProcessor(GPTQProcessor):
             try:
                 check_finite(target.W, f"`{task.full_name}`: target W*", module=task.full_name)
             except EPMQNumericalError as error:
-                task.bad = error
+                self._mark_bad(task, error)
                 continue
             task.report.merge_excess = target.merge_excess
             task.aim(target.W, H, tokens)
@@ -426,6 +447,12 @@ class EPMQProcessor(GPTQProcessor):
             for task in tasks:
                 task.attach_shared_hessian_cache(cache)
 
+    def _mark_bad(self, task: EPMQ, error: EPMQNumericalError) -> None:
+        """On the main thread: stop here, or let the task round its merged weight to nearest."""
+        if self.qcfg.on_bad_module == "raise":
+            raise error
+        task.bad = error
+
     @staticmethod
     def _keep_merged(task: EPMQ, reason: str) -> None:
         task.report.target, task.report.reason = "merged", reason
@@ -433,8 +460,13 @@ class EPMQProcessor(GPTQProcessor):
     # ---- rounding ----------------------------------------------------------------------------
 
     def process(self, module: NamedModule, *args, **kwargs):
-        """Round and pack one layer, the host's way, and keep its report."""
+        """Round one layer, the host's way, and keep its report."""
         task = self.tasks[module.name]
         super().process(module, *args, **kwargs)
         with self.lock:
             self.reports.append(task.report)
+            first = task.failure is not None and self.failure is None
+            if first:
+                self.failure = task.failure
+        if first:
+            self.stop_loop(task.failure)

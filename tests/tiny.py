@@ -1,4 +1,4 @@
-"""Small real models for the tests: a Llama, fine-tunes of it that differ by noise, and their rows."""
+"""Small real models for the tests: a Llama, fine-tunes of it that differ by noise, and rows."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def perturbed(model: PreTrainedModel, seed: int, size: float = 0.3) -> dict[str,
 def family(
     folder: Path, experts: int = 3, *, model: PreTrainedModel | None = None, size: float = 0.3
 ) -> tuple[Path, dict[str, Path]]:
-    """Save ``experts`` fine-tunes of one base and their average. Returns the merge and the experts."""
+    """Save fine-tunes of one base and their average. Returns the merge and the experts."""
     model = llama() if model is None else model
     states = [perturbed(model, seed=100 + index, size=size) for index in range(experts)]
     paths = {}

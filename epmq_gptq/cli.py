@@ -1,0 +1,243 @@
+"""``epmq-gptq``: quantize a merge towards its experts, from a shell.
+
+Only light modules are imported here: GPTQModel takes seconds, and `--help` or a typo in a recipe
+should not have to wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from . import __version__
+from .console import Reporter
+from .errors import EPMQInputError
+from .options import parse_yaml
+from .recipe import Recipe, recipe_help
+from .summary import columns, folder_size, human_size, print_summary
+
+app = typer.Typer(
+    name="epmq-gptq",
+    help="Expert-guided post-merge quantization (E-PMQ, arXiv 2605.16882): a merged model and the "
+    "experts it was made of in, a standard GPTQ checkpoint out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+# A recipe's keys, documented where they are defined.
+_RECIPE_HELP = "[bold]Keys of a recipe[/bold] (YAML)\n\n" + "\n\n".join(
+    f"{key.strip() if key == key.strip() else '· ' + key.strip()}: {doc}".replace("[", r"\[")
+    for key, doc in recipe_help()
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show GPTQModel's own log, and tracebacks.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"epmq-gptq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=_RECIPE_HELP)
+def quantize(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; its keys are below.")],
+    out: Out,
+    overwrite: Overwrite = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: a GPU where torch sees one.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows per forward pass, instead of the recipe's.")
+    ] = None,
+    json_report: Annotated[
+        Path | None, typer.Option("--json", help="Write all numbers of the run to this file.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Show every layer, however many.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Quantize the merged model of a recipe towards its experts."""
+    reporter = Reporter(verbose=verbose)
+    with reporter.exit_codes():
+        from .pipeline import RunOptions, quantize_recipe
+
+        _check_report_file(json_report)
+        read = Recipe.from_file(recipe)
+        result = quantize_recipe(read, RunOptions(out, overwrite, device, batch_size), reporter)
+        print_summary(reporter.out, result.report, result.rows, full=full)
+        _print_checkpoint(reporter, out)
+        if json_report is not None:
+            report = {
+                "epmq_gptq": __version__,
+                "recipe": read.to_options(),
+                "checkpoint": out.name,
+                "cut_rows": {name: rows.cut for name, rows in result.rows.items()},
+                "report": result.report.to_dict(),
+                "host_warnings": list(reporter.host.alarms),
+            }
+            json_report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            reporter.step("report", str(json_report))
+
+
+def _check_report_file(file: Path | None) -> None:
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise EPMQInputError(f"`--json`: `{file}` should be a file in a folder that exists.")
+
+
+def _print_checkpoint(reporter: Reporter, out: Path) -> None:
+    size, files = folder_size(out)
+    reporter.step("checkpoint", f"{out}: {human_size(size)} in {files} files")
+    if reporter.host.alarms:
+        count = len(reporter.host.alarms)
+        reporter.note(f"GPTQModel gave {count} warnings on the way; --verbose shows them.")
+
+
+@app.command()
+def merge(
+    method: Annotated[str, typer.Option(help="Merge method; `epmq-gptq methods` lists them.")],
+    expert: Annotated[
+        list[str], typer.Option(help="name=folder or name=org/model@revision; once per expert.")
+    ],
+    out: Out,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id the experts were fine-tuned from.")
+    ] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(help="key=value, an option of the method; repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda.")] = "cpu",
+    overwrite: Overwrite = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge experts of one base into a new model."""
+    reporter = Reporter(verbose=verbose)
+    with reporter.exit_codes():
+        experts = _pairs(expert, "--expert")
+        parameters = {
+            key: parse_yaml(value) for key, value in _pairs(param or [], "--param").items()
+        }
+        with reporter.quiet_host():
+            from .pipeline import check_free, merge_with_progress
+
+            check_free(out, overwrite=overwrite)
+            result = merge_with_progress(
+                reporter,
+                method,
+                base=base,
+                experts=experts,
+                out=out,
+                parameters=parameters,
+                overwrite=overwrite,
+                device=device,
+            )
+        reporter.step("merged", f"{out}: {human_size(result.bytes)} in {result.tensors} tensors")
+
+
+def _pairs(values: list[str], option: str) -> dict[str, str]:
+    """``name=value`` options as a dict.
+
+    Raises:
+        EPMQInputError: one without a name or a value, or a name given twice.
+    """
+    pairs: dict[str, str] = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not (name and equals and text):
+            raise EPMQInputError(f"`{option}` should be of the form name=value, got `{value}`.")
+        if name in pairs:
+            raise EPMQInputError(f"`{option}`: `{name}` is given twice; keep one.")
+        pairs[name] = text
+    return pairs
+
+
+@app.command()
+def methods() -> None:
+    """List the merge methods, their papers and their parameters."""
+    reporter = Reporter()
+    with reporter.exit_codes():
+        with reporter.quiet_host():
+            from .merging import merge_methods
+
+            known = merge_methods()
+        for name, about in known.items():
+            reporter.out.print(_method_lines(name, about), "")
+
+
+def _method_lines(name: str, about: Mapping[str, Any]) -> Table:
+    lines = [
+        (name, about["summary"]),
+        ("", f"{about['title']}, {about['reference']}"),
+        ("", "needs --base" if about["needs_base"] else "does without --base"),
+    ]
+    for parameter, option in about["parameters"].items():
+        default = json.dumps(option["default"], default=str)
+        lines.append((f"  {parameter}", f"{option['doc']} ({option['rule']}; default {default})"))
+    return columns(lines)
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo-4bit"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny models, only to see that everything runs.")
+    ] = False,
+    bits: Annotated[int, typer.Option(help="Bits of all methods.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights per scale.")] = 32,
+    alpha: Annotated[float, typer.Option(help="Strength of E-PMQ's anchor to the merge.")] = 1.0,
+    method: Annotated[str, typer.Option(help="Merge method.")] = "average",
+    awq: Annotated[bool, typer.Option("--awq", help="Also GPTQModel's AWQ (minutes).")] = False,
+    seed: Annotated[int, typer.Option(help="Of the models and the data.")] = 0,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train again although models are cached.")
+    ] = False,
+    overwrite: Overwrite = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train small experts, merge and quantize them, and compare the methods. Needs no network."""
+    reporter = Reporter(verbose=verbose)
+    with reporter.exit_codes():
+        check_bits = {"bits": bits, "group_size": group_size}
+        for name, value in check_bits.items():
+            if value < 1:
+                raise EPMQInputError(f"`--{name.replace('_', '-')}` should be positive.")
+        with reporter.quiet_host():
+            from .demo import DemoOptions, run_demo
+
+            options = DemoOptions(
+                out=out,
+                alpha=alpha,
+                awq=awq,
+                seed=seed,
+                merge_method=method,
+                quick=quick,
+                retrain=retrain,
+                overwrite=overwrite,
+                **check_bits,
+            )
+            run_demo(options, reporter.out)
+        _print_checkpoint(reporter, out)
+
+
+def main() -> None:
+    """Entry point of ``epmq-gptq``."""
+    app()

@@ -1,0 +1,150 @@
+"""The tables at the end of a run, from a :class:`QuantizationReport`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .report import ModuleReport, QuantizationReport
+from .rows import FittedRows
+
+# With more layers than this one line stands for all layers of a kind, unless `--full` is given.
+MAX_LINES = 40
+
+_TARGETS = {"merged": "kept the merged weight as its target", "rtn": "rounded to nearest"}
+_STYLES = {"merged": "yellow", "rtn": "bold red"}
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def print_summary(
+    console: Console,
+    report: QuantizationReport,
+    rows: Mapping[str, FittedRows],
+    *,
+    full: bool = False,
+) -> None:
+    """Modules (or kinds of modules), exceptions and experts."""
+    if full or len(report.modules) <= MAX_LINES:
+        console.print(module_table(report))
+    else:
+        console.print(kind_table(report))
+        console.print("One line per kind of layer; --full shows every layer.", style="dim")
+    for module in report.exceptions:
+        console.print(
+            Text(
+                f"! {module.module}: {_TARGETS.get(module.target, module.target)}: {module.reason}",
+                _STYLES.get(module.target, ""),
+            ),
+            soft_wrap=True,
+        )
+    console.print(expert_table(report, rows))
+
+
+def module_table(report: QuantizationReport) -> Table:
+    """One line per linear layer, in forward order."""
+    table = _table("module")
+    for module in report.modules:
+        table.add_row(
+            module.module, *_cells([module], module.target), style=_STYLES.get(module.target)
+        )
+    _add_total(table, report)
+    return table
+
+
+def kind_table(report: QuantizationReport) -> Table:
+    """One line per kind of layer: the same name with other numbers in it."""
+    kinds: dict[str, list[ModuleReport]] = {}
+    for module in report.modules:
+        kinds.setdefault(_NUMBER.sub("*", module.module), []).append(module)
+    table = _table("modules")
+    for kind, modules in kinds.items():
+        odd = sum(m.target != "experts" for m in modules)
+        target = f"experts, {odd} not" if odd else "experts"
+        table.add_row(
+            f"{kind} ({len(modules)})", *_cells(modules, target), style="yellow" if odd else None
+        )
+    _add_total(table, report)
+    return table
+
+
+def _table(first: str) -> Table:
+    table = Table(
+        caption="loss: GPTQModel's; excess: eq. 12 above its optimum, of the rounded weights and "
+        "(merge) of the unrounded merge",
+        caption_justify="left",
+    )
+    table.add_column(first, overflow="fold")
+    table.add_column("bits", justify="right", no_wrap=True)
+    table.add_column("target", no_wrap=True)
+    for name in ("loss", "excess", "merge excess", "tokens", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _add_total(table: Table, report: QuantizationReport) -> None:
+    table.add_section()
+    cells = _cells(report.modules, "")
+    # The rows of the run, not the sum over layers that all saw the same ones.
+    cells[5] = f"{sum(report.tokens.values()):,}"
+    cells[6] = f"{report.seconds:.1f}"
+    table.add_row(f"all {len(report.modules)} (wall time)", *cells, style="bold")
+
+
+def _cells(modules: list[ModuleReport], target: str) -> list[str]:
+    """bits, target, loss (mean), excess, merge excess, tokens (fewest), seconds."""
+    bits = sorted({m.bits for m in modules})
+    losses = [m.loss for m in modules if m.loss is not None]
+    excesses = [m.excess for m in modules if m.excess is not None]
+    tokens = sorted({sum(m.tokens.values()) for m in modules})
+    return [
+        "/".join(map(str, bits)),
+        target,
+        _number(sum(losses) / len(losses)) if losses else "-",
+        _number(sum(excesses)) if excesses else "-",
+        _number(sum(m.merge_excess for m in modules)),
+        "–".join(f"{count:,}" for count in dict.fromkeys((tokens[0], tokens[-1]))),
+        f"{sum(m.seconds for m in modules):.2f}",
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def expert_table(report: QuantizationReport, rows: Mapping[str, FittedRows]) -> Table:
+    """What every expert's calibration came to."""
+    table = Table()
+    table.add_column("expert", overflow="fold")
+    for name in ("rows", "tokens", "cut to length"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, count in report.rows.items():
+        cut = rows[name].cut if name in rows else 0
+        table.add_row(name, f"{count:,}", f"{report.tokens[name]:,}", f"{cut:,}")
+    return table
+
+
+def folder_size(folder: Path) -> tuple[int, int]:
+    """(bytes, files) of a folder."""
+    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+    return sum(sizes), len(sizes)
+
+
+def human_size(size: int) -> str:
+    """Decimal units, as disks and hubs count."""
+    if size < 1000:
+        return f"{size} B"
+    power = min((len(str(size)) - 1) // 3, 4)
+    return f"{size / 1000**power:.1f} {' kMGT'[power]}B"
+
+
+def columns(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Two columns without a frame: a key and what is said of it."""
+    grid = Table.grid(padding=(0, 2))
+    for key, text in pairs:
+        grid.add_row(Text(key, "bold"), Text(text))
+    return grid
