@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import signal
 import sys
 import threading
 import time
@@ -30,6 +31,8 @@ _PLAIN_LINES = 10
 _PLAIN_SECONDS = 5.0
 # LogBar ("WARN  ..."), python's logging ("WARNING:name:...") and warnings ("x.py:1: UserWarning:").
 _ALARM = re.compile(r"^\s*(?:WARN|ERROR|CRIT|FATAL)|^\S+:\d+: \w*Warning:|^Traceback")
+# Said on every run with a usual Python, whatever is being done.
+_IRRELEVANT = "Python GIL is enabled"
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -65,6 +68,8 @@ class HostOutput(io.TextIOBase):
         if not line.strip():
             return
         self.tail.append(line)
+        if _IRRELEVANT in line:
+            return
         if _ALARM.match(line) and line not in self.alarms:
             self.alarms.append(line)
 
@@ -81,10 +86,41 @@ class Reporter:
         self.out = _console(sys.stdout)
         self.err = _console(sys.stderr)
         self.host = HostOutput()
+        self._interrupted = threading.Event()
 
     def step(self, name: str, text: str) -> None:
-        """One line about a finished or beginning step."""
+        """One line about a finished or beginning step.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed before, and somebody swallowed it.
+        """
+        self.check_interrupt()
         self.out.print(f"{name:<12}{text}", markup=False, highlight=False, soft_wrap=True)
+
+    def check_interrupt(self) -> None:
+        """Raise KeyboardInterrupt if Ctrl-C was pressed.
+
+        Some of the libraries that are imported catch every exception, that one too: one Ctrl-C
+        during the import of transformers was seen to be lost.
+        """
+        if self._interrupted.is_set():
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def _remembered_interrupts(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def remember(*_) -> None:
+            self._interrupted.set()
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def error(self, message: str) -> None:
         """One line on stderr, whatever the message holds."""
@@ -118,8 +154,11 @@ class Reporter:
                 130 an interrupt.
         """
         try:
-            yield
+            with self._remembered_interrupts():
+                yield
         except EPMQError as error:
+            if self.verbose:
+                self._traceback()
             self.error(str(error))
             code = EXIT_FAILED
             if isinstance(error, EPMQInputError):
@@ -128,16 +167,19 @@ class Reporter:
                 code = EXIT_NUMERICAL
             raise SystemExit(code) from None
         except KeyboardInterrupt:
-            self.error("interrupted; nothing was saved.")
+            self.error("interrupted; no checkpoint was written.")
             raise SystemExit(EXIT_INTERRUPTED) from None
         except Exception as error:
             self._unexpected(error)
             raise SystemExit(EXIT_FAILED) from None
 
+    def _traceback(self) -> None:
+        self.err.print(traceback.format_exc(), markup=False, highlight=False, soft_wrap=True)
+
     def _unexpected(self, error: Exception) -> None:
         name = type(error).__name__
         if self.verbose:
-            self.err.print(traceback.format_exc(), markup=False, highlight=False, soft_wrap=True)
+            self._traceback()
             self.error(f"{name}: {error}")
             return
         hint = "run again with --verbose for the traceback and GPTQModel's log."
@@ -197,6 +239,7 @@ class StepProgress:
 
     def advance(self, steps: int, what: str) -> None:
         """``steps`` more are done; ``what`` says where we are."""
+        self._reporter.check_interrupt()
         self._done += steps
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=what)

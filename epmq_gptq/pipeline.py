@@ -68,7 +68,8 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
         raise EPMQInputError(f"`--batch-size` should be positive, got {options.batch_size}.")
     with reporter.quiet_host():
         device = _device(options.device)
-        _check_places(recipe, out, options.overwrite)
+        _check_method(recipe)
+        _check_places(recipe, out, options.overwrite, reporter)
         sets = {
             name: read_rows(sources, expert=name, seed=recipe.seed, folder=recipe.folder)
             for name, sources in recipe.calibration.items()
@@ -114,7 +115,21 @@ def _device(wanted: str | None) -> str:
     return wanted
 
 
-def _check_places(recipe: Recipe, out: Path, overwrite: bool) -> None:
+def _check_method(recipe: Recipe) -> None:
+    if recipe.merge is None:
+        return
+    from .merging.core import check_run
+    from .merging.registry import build_method
+
+    step = recipe.merge
+    try:
+        method = build_method(step.method, step.parameters)
+        check_run(method, step.base is not None, list(recipe.experts))
+    except EPMQInputError as error:
+        raise EPMQInputError(f"`merge`: {error}") from error
+
+
+def _check_places(recipe: Recipe, out: Path, overwrite: bool, reporter: Reporter) -> None:
     """Every model is there and readable, and the output destroys none of them."""
     from .checkpoints import open_checkpoint
     from .saving import check_target
@@ -126,7 +141,10 @@ def _check_places(recipe: Recipe, out: Path, overwrite: bool) -> None:
         specs["`merge.base`"] = recipe.merge.base
     folders = []
     for what, spec in specs.items():
-        checkpoint, source = open_checkpoint(recipe.source(spec), what=what)
+        place = recipe.source(spec)
+        if not Path(place).exists():
+            reporter.step("fetch", place)
+        checkpoint, source = open_checkpoint(place, what=what)
         quantized = "quantization_config" in checkpoint.config()
         checkpoint.close()
         if quantized:
@@ -233,7 +251,15 @@ def _load(merged: Path, config, recipe: Recipe, device: str):
         # The host would take bfloat16, 15 to 75 times slower on CPUs without AVX512-BF16.
         dtype = "float32"
     options = {} if dtype in (None, "auto") else {"dtype": getattr(torch, dtype)}
-    return GPTQModel.load(str(merged), config, device=device, **options)
+    try:
+        return GPTQModel.load(str(merged), config, device=device, **options)
+    except EPMQInputError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        # What the host refuses here is an option, or a model that it does not know.
+        raise EPMQInputError(
+            f"GPTQModel cannot load `{merged.name}` with these options: {error}"
+        ) from error
 
 
 def _context(model) -> int | None:

@@ -169,7 +169,8 @@ class Recipe:
     def source(self, spec: str) -> str:
         """A model's folder as a path, or its hub id as it is."""
         path = self.place(spec)
-        is_path = path.exists() or spec.startswith((".", "~", "/"))
+        # `models/mth` beside a folder `models` is a typo in a path, not an id to ask the hub for.
+        is_path = path.exists() or path.parent.is_dir() or spec.startswith((".", "~", "/"))
         return str(path) if is_path else spec
 
     def config(self) -> EPMQConfig:

@@ -43,9 +43,10 @@ def read_file(source: RowSource, what: str, folder: Path) -> list[Row]:
     """
     path = resolve_path(source.file, folder)
     if not path.is_file():
+        dataset = f"; for a dataset write `{{dataset: {source.file}, samples: 128}}`"
         raise EPMQInputError(
-            f"{what}: there is no file `{source.file}` (paths are relative to the recipe); for a "
-            f"dataset write `{{dataset: {source.label}, samples: 128}}`."
+            f"{what}: there is no file `{source.file}` (paths are relative to the recipe)"
+            f"{'' if path.suffix else dataset}."
         )
     suffix = path.suffix.lower()
     if suffix in _NOT_TEXT:

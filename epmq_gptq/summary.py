@@ -17,6 +17,7 @@ from .rows import FittedRows
 MAX_LINES = 40
 
 _TARGETS = {"merged": "kept the merged weight as its target", "rtn": "rounded to nearest"}
+_LEGEND = "excess: eq. 12 above its optimum, rounded; merge excess: the same of the unrounded merge"
 _STYLES = {"merged": "yellow", "rtn": "bold red"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -33,7 +34,8 @@ def print_summary(
         console.print(module_table(report))
     else:
         console.print(kind_table(report))
-        console.print("One line per kind of layer; --full shows every layer.", style="dim")
+        console.print("one line per kind of layer; --full shows every layer", style="dim")
+    console.print(_LEGEND, style="dim")
     for module in report.exceptions:
         console.print(
             Text(
@@ -73,11 +75,7 @@ def kind_table(report: QuantizationReport) -> Table:
 
 
 def _table(first: str) -> Table:
-    table = Table(
-        caption="loss: GPTQModel's; excess: eq. 12 above its optimum, of the rounded weights and "
-        "(merge) of the unrounded merge",
-        caption_justify="left",
-    )
+    table = Table()
     table.add_column(first, overflow="fold")
     table.add_column("bits", justify="right", no_wrap=True)
     table.add_column("target", no_wrap=True)

@@ -60,7 +60,7 @@ def perturbed(model: PreTrainedModel, seed: int, size: float = 0.3) -> dict[str,
     generator = torch.Generator().manual_seed(seed)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
-        if tensor.ndim == 2 and "embed" not in name and "lm_head" not in name:
+        if tensor.ndim >= 2 and "embed" not in name and "lm_head" not in name:
             tensor += size * tensor.std() * torch.randn(tensor.shape, generator=generator)
     return state
 

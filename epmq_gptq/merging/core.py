@@ -1,0 +1,126 @@
+"""Merging of anything that hands out tensors by name; the maths without files.
+
+:func:`run_method` is the one loop: :func:`merge_state_dicts` runs it on state dicts in memory,
+:func:`epmq_gptq.merging.merge` on checkpoints on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import EPMQInputError
+from .compatibility import DTYPES, Header, check_copied, check_headers
+from .method import MergeMethod, Stack
+from .registry import build_method
+
+
+def run_method(
+    method: MergeMethod,
+    names: Sequence[str],
+    load: Callable[[str], Stack],
+    write: Callable[[str, Tensor], None],
+    tick: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Merge ``names`` one after the other.
+
+    Between two tensors nothing of the first is kept: ``load`` is called when the last stack is
+    gone, so the K + 1 copies of one name are all that lives.
+
+    Args:
+        method: what to compute.
+        names: of the floating tensors.
+        load: name → its stack; called ``method.passes`` times for each name.
+        write: takes each merged tensor.
+        tick: called after each tensor of each pass.
+
+    Raises:
+        EPMQNumericalError: a tensor holds NaN or Inf, or the merged one leaves its dtype's range.
+    """
+    checked: set[str] = set()
+
+    def fetch(name: str) -> Stack:
+        stack = load(name)
+        if name not in checked:
+            stack.check_finite()
+            checked.add(name)
+        return stack
+
+    def each(visit: Callable[[Stack], None]) -> None:
+        for name in names:
+            # No variable may hold the stack while the next one is loaded.
+            visit(fetch(name))
+            tick(name)
+
+    with torch.no_grad():
+        state = method.prepare(each)
+        for name in names:
+            write(name, method.merge(fetch(name), state))
+            tick(name)
+
+
+def check_run(method: MergeMethod, has_base: bool, experts: Sequence[str]) -> None:
+    """Raise EPMQInputError where the method and the models given do not fit."""
+    if not experts:
+        raise EPMQInputError("`experts` should name at least one expert, got none.")
+    if method.needs_base and not has_base:
+        raise EPMQInputError(
+            f"`base` should be the model that the experts were tuned from: `{method.name}` adds "
+            "task vectors to it, got none. Only `average` needs no base."
+        )
+    method.check_experts(experts)
+
+
+def merge_state_dicts(
+    method: str,
+    base_sd: Mapping[str, Tensor] | None,
+    expert_sds: Mapping[str, Mapping[str, Tensor]],
+    parameters: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """Merge state dicts in memory; the same numbers as :func:`epmq_gptq.merging.merge`.
+
+    Args:
+        method: name of a merge method, see :func:`epmq_gptq.merging.merge_methods`.
+        base_sd: theta_0; may be None for ``average``.
+        expert_sds: expert name → theta_i.
+        parameters: the method's options, over its defaults.
+
+    Returns:
+        A state dict with the names and dtypes of the base (of the first expert without one).
+        Tensors that are not fp32, fp16 or bf16 are copied.
+
+    Raises:
+        EPMQInputError: unknown method or option, no experts, a missing base, or models whose
+            tensors do not match.
+        EPMQNumericalError: NaN or Inf in a tensor.
+    """
+    built = build_method(method, parameters)
+    check_run(built, base_sd is not None, list(expert_sds))
+    reference = next(iter(expert_sds.values())) if base_sd is None else base_sd
+    header = _header(reference)
+    what = "the first expert" if base_sd is None else "the base"
+    check_headers(header, what, {name: _header(sd) for name, sd in expert_sds.items()})
+
+    def load(name: str) -> Stack:
+        base = base_sd[name] if base_sd is not None and built.needs_base else None
+        experts = {expert: sd[name] for expert, sd in expert_sds.items()}
+        return Stack(name, base, experts, reference[name].dtype)
+
+    copied = [name for name, entry in header.items() if entry.dtype not in DTYPES]
+    for name in copied:
+        for expert, sd in expert_sds.items():
+            check_copied(name, reference[name], what, sd[name], expert)
+    merged: dict[str, Tensor] = {}
+    run_method(built, [n for n in header if n not in copied], load, merged.__setitem__)
+    return {n: reference[n].detach().clone() if n in copied else merged[n] for n in reference}
+
+
+def _header(state_dict: Mapping[str, Tensor]) -> dict[str, Header]:
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    return {
+        name: Header(tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)))
+        for name, tensor in state_dict.items()
+    }

@@ -1,0 +1,52 @@
+"""What was merged and how, for the provenance of whatever is made from the merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from ..checkpoints import Checkpoint, Source
+from .inputs import Inputs
+from .method import MergeMethod
+
+RECORD_NAME = "epmq_merge.json"
+RECORD_FORMAT = 1
+
+
+def build_record(
+    method: MergeMethod,
+    inputs: Inputs,
+    tensors: int,
+    device: torch.device,
+    tick: Callable[[str], None],
+) -> dict[str, Any]:
+    """What was merged and how, in words that may be published: no path of this machine."""
+
+    def describe(checkpoint: Checkpoint, source: Source) -> dict[str, Any]:
+        digest = checkpoint.digest()
+        tick(f"digest of {checkpoint.what}")
+        return {"name": source.name, "revision": source.revision, "digest": digest}
+
+    return {
+        "format": RECORD_FORMAT,
+        "method": method.name,
+        "parameters": method.parameters(),
+        "title": method.title,
+        "reference": method.reference_url,
+        "base": describe(*inputs.base) if inputs.base else None,
+        "experts": {name: describe(*pair) for name, pair in inputs.experts.items()},
+        "tensors": tensors,
+        "device": device.type,
+        "epmq_gptq": _package_version(),
+    }
+
+
+def _package_version() -> str:
+    try:
+        return version("epmq-gptq")
+    except PackageNotFoundError:
+        # A source tree on the path that was never installed.
+        return "unknown"

@@ -1,0 +1,119 @@
+"""EPMQConfig checks itself, says which option is wrong, and survives JSON and YAML."""
+
+import json
+
+import pytest
+from gptqmodel.quantization.config import GPTQConfig
+
+from epmq_gptq import EPMQConfig, EPMQInputError
+
+EXPERTS = {"math": "org/math@main", "code": "some/folder"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bits": 8, "group_size": -1, "sym": False, "alpha": 0.01},
+        {"alpha_pattern": {"mlp.down_proj": 10, "layers.0..*": 0.5}, "on_bad_module": "rtn"},
+        {"dynamic": {"-:.*lm_head": {}, "+:.*q_proj": {"bits": 8}}, "desc_act": True},
+        {
+            "fallback": {"strategy": "rtn", "threshold": 7},
+            "hessian": {"dedup_shared_inputs": False},
+        },
+        {"mse": 2.4, "static_groups": True, "act_group_aware": False, "true_sequential": False},
+    ],
+)
+def test_json_and_yaml_round_trip(options):
+    config = EPMQConfig(experts=EXPERTS, **options)
+    for back in (
+        EPMQConfig.from_json(config.to_json()),
+        EPMQConfig.from_yaml(config.to_yaml()),
+    ):
+        assert back.to_options() == config.to_options()
+        for name in ("bits", "group_size", "sym", "desc_act", "act_group_aware", "dynamic"):
+            assert getattr(back, name) == getattr(config, name)
+        assert back.alpha_pattern == config.alpha_pattern and back.fallback == config.fallback
+    assert json.loads(config.to_json())["epmq_config_version"] == 1
+
+
+def test_files_and_unknown_options(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(EPMQConfig(experts=EXPERTS, bits=3).to_yaml())
+    assert EPMQConfig.from_yaml(file).bits == 3
+    with pytest.raises(EPMQInputError, match=r"`alhpa` is not an option.*Did you mean `alpha`"):
+        EPMQConfig.from_options({"experts": EXPERTS, "alhpa": 1})
+    with pytest.raises(EPMQInputError, match=r"`epmq_config_version` should be 1, got 99"):
+        EPMQConfig.from_options({"experts": EXPERTS, "epmq_config_version": 99})
+    with pytest.raises(EPMQInputError, match="should be a YAML mapping"):
+        EPMQConfig.from_yaml("- 1")
+    with pytest.raises(EPMQInputError, match="not readable as JSON"):
+        EPMQConfig.from_json("{")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -1}, r"`alpha` should be finite and not negative, got -1.0"),
+        ({"alpha": float("nan")}, r"`alpha` should be finite"),
+        ({"alpha": float("inf")}, r"`alpha` should be finite"),
+        ({"alpha": "1"}, r"`alpha` should be a number, got '1'"),
+        ({"alpha": True}, r"`alpha` should be a number, got True"),
+        ({"alpha_pattern": {"q": -2}}, r"`alpha_pattern\['q'\]` should be finite"),
+        ({"alpha_pattern": {"(": 1}}, r"`alpha_pattern`: '\(' is not a regular expression"),
+        ({"alpha_pattern": [1]}, r"`alpha_pattern` should be a mapping"),
+        ({"on_bad_module": "skip"}, r'`on_bad_module` should be "raise" or "rtn", got \'skip\''),
+        ({"damp_percent": 0.05}, r"`damp_percent` is not an option.*set `alpha`"),
+        ({"damp_auto_increment": 0.01}, r"`damp_auto_increment` is not an option"),
+        ({"rotation": "hadamard"}, r"`rotation` cannot be used"),
+        ({"gptaq": {"alpha": 0.25}}, r"`gptaq` cannot be used"),
+        ({"mock_quantization": True}, r"`mock_quantization` cannot be used"),
+        ({"dynamic": {"+:q": {"damp_percent": 0.1}}}, r"`dynamic\['\+:q'\]` sets `damp_percent`"),
+        ({"bits": 9}, r"EPMQConfig: .*`bits`"),
+        ({"group_size": 0}, r"EPMQConfig: .*group_size"),
+        ({"experts": {}}, r"`experts` should map at least one expert"),
+        ({"experts": ["a"]}, r"`experts` should map at least one expert"),
+        ({"experts": {"a b": "x"}}, r"`experts`: a name should be letters.*'a b'"),
+        ({"experts": {"a": ""}}, r"`experts\['a'\]` should be a folder or a hub id"),
+        ({"experts": {"a": 3}}, r"`experts\['a'\]` should be a folder or a hub id, got 3"),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_rule_and_the_value(options, message):
+    with pytest.raises(EPMQInputError, match=message):
+        EPMQConfig(**({"experts": EXPERTS} | options))
+
+
+def test_numpy_scalars_become_plain_floats():
+    import numpy
+
+    config = EPMQConfig(experts=EXPERTS, alpha=numpy.float64(0.5))
+    assert type(config.alpha) is float
+
+
+def test_patterns_match_whole_path_parts_at_the_end_and_the_first_one_wins():
+    config = EPMQConfig(
+        experts=EXPERTS,
+        alpha=1,
+        alpha_pattern={r"layers.0.mlp.down_proj": 3, "down_proj": 2, r"layers\.1\..*": 5},
+    )
+    assert config.alpha_for("model.layers.0.mlp.down_proj") == 3
+    assert config.alpha_for("model.layers.7.mlp.down_proj") == 2
+    assert config.alpha_for("model.layers.7.mlp.not_down_proj") == 1
+    assert config.alpha_for("model.layers.1.self_attn.q_proj") == 5
+    assert config.alpha_for("model.layers.11.self_attn.q_proj") == 1
+
+
+def test_it_is_a_standard_gptq_config_to_every_reader():
+    config = EPMQConfig(experts=EXPERTS, alpha=0.5)
+    assert isinstance(config, GPTQConfig)
+    written = config.to_dict()
+    assert written["quant_method"] == "gptq" and written["checkpoint_format"] == "gptq"
+    assert (written["bits"], written["group_size"], written["sym"], written["desc_act"]) == (
+        4,
+        128,
+        True,
+        False,
+    )
+    assert "experts" not in json.dumps(written) and config.offload_to_disk_path not in str(written)
+    plain = GPTQConfig.from_quant_config(json.loads(json.dumps(written)))
+    assert type(plain) is GPTQConfig and plain.bits == 4

@@ -1,0 +1,91 @@
+"""The door to GPTQModel: what we lean on is there, and without an EPMQConfig nothing changes."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from gptqmodel import GPTQModel
+from gptqmodel.models.base import BaseQModel
+from gptqmodel.quantization.config import GPTQConfig
+from judge import stored
+
+from epmq_gptq import EPMQConfig, EPMQHostError, EPMQInputError, host
+
+
+def test_the_installed_host_has_everything_we_lean_on():
+    host.probe()
+
+
+def test_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(host, "version", lambda package: "8.0.1")
+    with pytest.raises(EPMQHostError, match=r"supports GPTQModel 7.6–7.7, got 8.0.1"):
+        host.probe()
+
+
+@pytest.mark.parametrize("entry", sorted(host.LEANED_ON))
+def test_a_host_whose_methods_moved_is_refused(monkeypatch, entry):
+    owner, name, parameters = host.LEANED_ON[entry]
+    monkeypatch.setitem(host.LEANED_ON, entry, (owner, name, (*parameters, "gone")))
+    with pytest.raises(EPMQHostError, match=rf"{name}` without \['gone'\]"):
+        host.probe()
+    if owner is not None:
+        monkeypatch.setitem(host.LEANED_ON, entry, (owner, f"{name}_moved", ()))
+        with pytest.raises(EPMQHostError, match=rf"no `.*{name}_moved`"):
+            host.probe()
+
+
+def test_installing_twice_wraps_once():
+    before = BaseQModel._quantize_with_calibration, BaseQModel.save
+    host.install()
+    assert (BaseQModel._quantize_with_calibration, BaseQModel.save) == before
+
+
+def test_a_plain_gptq_config_runs_as_if_we_were_not_here(tmp_path, monkeypatch):
+    merged, _ = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1))
+    rows = tiny.rows(4, 40, seed=0)
+
+    def run(out):
+        model = GPTQModel.load(
+            str(merged), GPTQConfig(group_size=32), dtype=torch.float32, device="cpu"
+        )
+        result = model.quantize(rows, batch_size=2)
+        model.save(str(out))
+        return result
+
+    assert set(run(tmp_path / "with")) == {"gptq"}
+    monkeypatch.setattr(
+        BaseQModel, "_quantize_with_calibration", BaseQModel._quantize_with_calibration.__wrapped__
+    )
+    monkeypatch.setattr(BaseQModel, "save", BaseQModel.save.__wrapped__)
+    run(tmp_path / "without")
+    one, other = stored(tmp_path / "with"), stored(tmp_path / "without")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_quantizing_twice_is_refused(tmp_path):
+    merged, experts = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1))
+    rows = {"expert0": tiny.rows(4, 40, seed=0)}
+    config = EPMQConfig(group_size=32, experts=experts)
+    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model.quantize(rows)
+    with pytest.raises(EnvironmentError, match="already quantized"):
+        model.quantize(rows)
+
+
+def test_excluding_every_layer_is_refused(tmp_path):
+    merged, experts = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1))
+    config = EPMQConfig(group_size=32, experts=experts, dynamic={"-:.*": {}})
+    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    with pytest.raises(EPMQInputError, match="no linear layer is left"):
+        model.quantize({"expert0": tiny.rows(4, 40, seed=0)})
+
+
+def test_text_rows_are_tokenised_by_the_merged_models_tokenizer(tmp_path):
+    merged, experts = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1))
+    config = EPMQConfig(group_size=32, experts=experts)
+    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    rows = ["one byte is one token", {"text": "so are these"}, [5, 6, 7], {"input_ids": [8] * 4}]
+    report = model.quantize({"expert0": rows}, batch_size=2)["epmq"]
+    assert report.rows == {"expert0": 4} and report.tokens == {"expert0": 21 + 12 + 3 + 4}

@@ -1,0 +1,170 @@
+"""A save is whole or absent, standard, and says where it came from without saying too much."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from gptqmodel import GPTQModel
+from safetensors import safe_open
+
+from epmq_gptq import EPMQConfig, EPMQError, EPMQInputError
+from epmq_gptq.saving import staged_folder, verify_checkpoint
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("private-models")
+    merged, experts = tiny.family(folder, experts=2, model=tiny.llama(layers=1))
+    return merged, experts
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    merged, experts = family
+    config = EPMQConfig(group_size=32, experts=experts, alpha=0.1)
+    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model.quantize({name: tiny.rows(4, 40, seed=1) for name in experts})
+    return model
+
+
+def test_provenance_is_complete_and_holds_nothing_private(model, family, tmp_path):
+    merged, experts = family
+    (merged / "epmq_merge.json").write_text(json.dumps({"method": "average"}))
+    config = EPMQConfig(group_size=32, experts=experts, alpha=0.1, alpha_pattern={"o_proj": 1})
+    other = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    other.quantize({name: tiny.rows(4, 40, seed=1) for name in experts})
+    other.save(str(tmp_path / "out"))
+    (merged / "epmq_merge.json").unlink()
+    for name in ("quantize_config.json", "config.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "private-models" not in text and str(tmp_path) not in text
+    record = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["meta"]["epmq"]
+    assert record["method"] == "E-PMQ" and record["alpha"] == 0.1
+    assert record["alpha_pattern"] == {"o_proj": 1.0}
+    assert record["merge"] == {"method": "average"}
+    assert set(record["versions"]) == {"epmq_gptq", "gptqmodel", "torch", "transformers"}
+    assert [e["name"] for e in record["experts"]] == list(experts)
+    for expert in record["experts"]:
+        assert (expert["rows"], expert["tokens"], expert["revision"]) == (4, 160, None)
+        assert len(expert["sha256"]) == 64 and expert["source"] == expert["name"]
+    assert len({e["sha256"] for e in record["experts"]} | {record["merged"]["sha256"]}) == 3
+
+
+def test_the_checkpoint_loads_where_epmq_gptq_is_not_imported(model, tmp_path):
+    """In GPTQModel and in transformers + optimum, with the same logits."""
+    out = tmp_path / "out"
+    model.save(str(out))
+    script = f"""
+import os, sys
+os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
+import torch
+ids = torch.tensor([[1, 20, 30, 40, 50, 60]])
+from gptqmodel import GPTQModel, BACKEND
+ours = GPTQModel.load({str(out)!r}, device="cpu", dtype=torch.bfloat16, backend=BACKEND.GPTQ_TORCH)
+from transformers import AutoModelForCausalLM
+theirs = AutoModelForCausalLM.from_pretrained({str(out)!r}, device_map="cpu", dtype=torch.bfloat16)
+with torch.no_grad():
+    a, b = ours.model(ids).logits.float(), theirs(ids).logits.float()
+assert torch.isfinite(a).all() and torch.isfinite(b).all()
+assert torch.allclose(a, b, atol=3e-2), (a - b).abs().max()
+tokens = ours.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+assert tokens.shape == (1, 11)
+assert torch.equal(tokens, theirs.generate(ids, max_new_tokens=5, do_sample=False))
+assert not any(name.startswith("epmq") for name in sys.modules), "imported"
+print("LOADED")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 0 and "LOADED" in done.stdout, done.stderr[-3000:]
+
+
+def test_dense_tensors_keep_the_dtype_the_merge_stores(tmp_path):
+    half = tiny.llama(layers=1).to(torch.bfloat16)
+    merged, experts = tiny.family(tmp_path, experts=2, model=half)
+    config = EPMQConfig(group_size=32, experts=experts)
+    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model.quantize({name: tiny.rows(3, 40, seed=1) for name in experts})
+    model.save(str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    with (
+        safe_open(tmp_path / "out" / "model.safetensors", "pt") as saved,
+        safe_open(merged / "model.safetensors", "pt") as source,
+    ):
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+            assert saved.get_tensor(name).dtype == torch.bfloat16
+            assert torch.equal(saved.get_tensor(name), source.get_tensor(name))
+
+
+def test_outputs_that_would_destroy_something_are_refused(model, family, tmp_path):
+    merged, experts = family
+    before = sorted(path.name for path in merged.iterdir())
+    for place in (merged, merged / "inside", merged.parent, experts["expert1"]):
+        with pytest.raises(EPMQInputError, match="is, holds or lies in the source model"):
+            model.save(str(place))
+    assert sorted(path.name for path in merged.iterdir()) == before
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "note.txt").write_text("mine")
+    with pytest.raises(EPMQInputError, match=r"`taken` is not empty.*overwrite=True"):
+        model.save(str(taken))
+    with pytest.raises(EPMQInputError, match=r"is a file"):
+        model.save(str(taken / "note.txt"))
+    model.save(str(taken), overwrite=True)
+    assert not (taken / "note.txt").exists() and (taken / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_save_that_fails_leaves_nothing_and_can_be_repeated(model, tmp_path, monkeypatch):
+    from gptqmodel.models import writer
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "streaming_state_dict_to_shards", full)
+        with pytest.raises(OSError, match="No space"):
+            model.save(str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+    model.save(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_what_was_written_is_read_back(model, tmp_path):
+    model.save(str(tmp_path / "out"))
+    modules = [m.module for m in model.epmq_report.modules]
+    verify_checkpoint(tmp_path / "out", modules)
+    with pytest.raises(EPMQError, match=r"lacks `model.layers.9.x.qweight`"):
+        verify_checkpoint(tmp_path / "out", [*modules, "model.layers.9.x"])
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(EPMQError, match="is damaged"):
+        verify_checkpoint(tmp_path / "out", modules)
+
+
+def test_staging_replaces_only_when_complete(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(RuntimeError), staged_folder(target, overwrite=True) as staging:
+        (staging / "new").write_text("half")
+        raise RuntimeError("killed")
+    assert [path.name for path in target.iterdir()] == ["old"]
+    with staged_folder(target, overwrite=True) as staging:
+        (staging / "new").write_text("whole")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_saving_before_quantizing_is_refused(family, tmp_path):
+    merged, experts = family
+    config = EPMQConfig(group_size=32, experts=experts)
+    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    with pytest.raises(EPMQInputError, match="`save` before `quantize`"):
+        model.save(str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
