@@ -102,30 +102,17 @@ def calibration_rows(tokens: list[int]) -> Rows:
     return [{"input_ids": w, "attention_mask": [1] * len(w)} for w in windows]
 
 
-def quantize(merged: Path, experts: dict[str, Path], rows: dict[str, Rows], out: Path) -> str:
-    """Quantizes the folder `merged` into `out`; returns the name of the method that did it."""
+def quantize(merged: Path, experts: dict[str, Path], rows: dict[str, Rows], out: Path) -> None:
+    """Quantizes the folder `merged` into `out` with E-PMQ."""
     from gptqmodel import GPTQModel
 
-    # TEMPORARY: until `epmq_gptq` exposes EPMQConfig, plain GPTQ stands in for it. Then drop the
-    # `try` and the `except` branch, so that a broken import fails here.
-    try:
-        from epmq_gptq import EPMQConfig
-    except ImportError:
-        from gptqmodel.quantization import GPTQConfig
+    from epmq_gptq import EPMQConfig
 
-        config = GPTQConfig(bits=4, group_size=GROUP_SIZE)
-        calibration = [row for expert_rows in rows.values() for row in expert_rows]
-        method = "gptq"
-    else:
-        paths = {name: str(path) for name, path in experts.items()}
-        config = EPMQConfig(bits=4, group_size=GROUP_SIZE, experts=paths, alpha=1.0)
-        calibration = rows
-        method = "epmq"
-
+    paths = {name: str(path) for name, path in experts.items()}
+    config = EPMQConfig(bits=4, group_size=GROUP_SIZE, experts=paths, alpha=1.0)
     model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
-    model.quantize(calibration, batch_size=4)
+    model.quantize(rows, batch_size=4)
     model.save(str(out))
-    return method
 
 
 def build(out: Path) -> None:
@@ -153,9 +140,9 @@ def build(out: Path) -> None:
     merged = save(average(experts), "merged")
 
     rows = {name: calibration_rows(ids) for name, ids in token_ids.items()}
-    method = quantize(merged, paths, rows, out / "quantized")
+    quantize(merged, paths, rows, out / "quantized")
     (out / "corpora.json").write_text(json.dumps(token_ids))
-    sys.stdout.write(f"built with {method}; last training losses (nats): {losses}\n")
+    sys.stdout.write(f"last training losses (nats): {losses}\n")
 
 
 if __name__ == "__main__":

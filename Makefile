@@ -1,0 +1,49 @@
+# Everything creates what it needs: `make demo` and `make test` work on a fresh checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Two OpenMP threads make GPTQ's column loop up to 10x slower on a busy machine.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: help venv demo test lint format test-serving bench clean
+
+help:
+	@echo "make demo          train, merge and quantize small experts; print one table"
+	@echo "make test          the tests (no network, CPU)"
+	@echo "make test-serving  serve an E-PMQ checkpoint with real vLLM on the CPU"
+	@echo "make lint          ruff"
+	@echo "make bench         benchmarks against stock GPTQModel"
+
+venv: $(READY)
+
+# The constraints name the torch to install; without them pip may fetch several GB.
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	touch $(READY)
+
+demo: venv
+	$(BIN)/epmq-gptq demo $(ARGS)
+
+test: venv
+	$(TEST_ENV) $(BIN)/python -m pytest -q $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-serving: venv
+	tests/serving/setup_env.sh
+	$(TEST_ENV) EPMQ_SERVING=1 $(BIN)/python -m pytest -q tests/serving $(ARGS)
+
+bench: venv
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .venv-serving build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,128 @@
+"""E-PMQ against stock GPTQ: same merge, rows, grid and machine, in one process, taken in turn.
+
+    python benchmarks/overhead.py --width 512 --layers 2 --experts 4 --tokens 16384
+
+Prints one JSON line per quantizer and one for the ratio. A ratio is printed only after the parity
+gate: with the merge in every expert's place, E-PMQ's codes of layer 0 must be the host's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import judge
+import tiny
+import torch
+from gptqmodel import GPTQModel
+from gptqmodel.quantization.config import GPTQConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from epmq_gptq import EPMQConfig
+
+ALPHA = 0.05  # also GPTQ's damping, so that both solve equally conditioned systems
+
+
+def model(width: int, layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tiny.VOCABULARY,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def quantize(merged: Path, config, rows, out: Path | None = None) -> float:
+    """Seconds of ``quantize()`` alone; loading and saving are the same for both."""
+    loaded = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    start = time.perf_counter()
+    loaded.quantize(rows, batch_size=8)
+    seconds = time.perf_counter() - start
+    if out is not None:
+        loaded.save(str(out))
+    return seconds
+
+
+def parity(merged: Path, rows: list, folder: Path) -> None:
+    """Raise SystemExit unless E-PMQ in its limit is the host's GPTQ."""
+    host = GPTQConfig(bits=4, group_size=128, damp_percent=ALPHA)
+    ours = EPMQConfig(bits=4, group_size=128, experts={"merge": str(merged)}, alpha=ALPHA)
+    quantize(merged, host, rows, folder / "host")
+    quantize(merged, ours, {"merge": rows}, folder / "ours")
+    first, second = judge.codes(folder / "host"), judge.codes(folder / "ours")
+    names = [name for name in first if ".layers.0." in name]
+    share = sum(int((first[n] != second[n]).sum()) for n in names) / sum(
+        first[n].numel() for n in names
+    )
+    # The two add up fp32 Grams in another order, which may tip a weight on a rounding edge.
+    if share > 1e-3:
+        raise SystemExit(f"parity gate: {share:.2%} of layer 0's codes differ; no ratio is given")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens in all")
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+    length = 256
+    count = options.tokens // length // options.experts
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        merged, experts = tiny.family(
+            folder, options.experts, model=model(options.width, options.layers)
+        )
+        rows = {name: tiny.rows(count, length, seed=i) for i, name in enumerate(experts)}
+        pooled = [row for expert_rows in rows.values() for row in expert_rows]
+        parity(merged, pooled[:8], folder)
+        seconds: dict[str, list[float]] = {"gptq": [], "epmq": []}
+        for _ in range(options.runs):
+            host = GPTQConfig(bits=4, group_size=128, damp_percent=ALPHA)
+            seconds["gptq"].append(quantize(merged, host, pooled))
+            ours = EPMQConfig(bits=4, group_size=128, experts=experts, alpha=ALPHA)
+            seconds["epmq"].append(quantize(merged, ours, rows))
+    shape = {key: getattr(options, key) for key in ("width", "layers", "experts", "tokens")}
+    setting = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gptqmodel": version("gptqmodel"),
+    }
+    for name, times in seconds.items():
+        row = {"quantizer": name, "min_s": min(times), "median_s": statistics.median(times)}
+        print("\nRESULT", json.dumps(row | shape | setting))
+    ratios = [ours / host for ours, host in zip(seconds["epmq"], seconds["gptq"], strict=True)]
+    print(
+        "RESULT", json.dumps({"ratio_median": statistics.median(ratios), "ratios": ratios} | shape)
+    )
+
+
+if __name__ == "__main__":
+    main()
