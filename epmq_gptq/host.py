@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from gptqmodel.utils.calibration import prepare_calibration_dataset
 from gptqmodel.utils.model import get_layers_with_prefixes
 
 from .calibration import plan_calibration
+from .checkpoints import Checkpoint
 from .config import EPMQConfig
 from .errors import EPMQHostError, EPMQInputError
 from .experts import Experts, Linear
@@ -162,8 +161,11 @@ def quantize_with_experts(
             f"within each expert), got {calibration_sort!r}."
         )
 
+    # Opened now, though only its digest is wanted at the end: what cannot be described is refused
+    # before the work, not after it.
+    merged = Checkpoint(str(model.model_local_path), what="the merged model")
     experts = Experts(config.experts)
-    experts.check_structure(_published_config(model))
+    experts.check_structure(merged.config())
     linears = list(quantizable_linears(model))
     _check_linears(linears, model, config)
     experts.bind(linears)
@@ -217,7 +219,7 @@ def quantize_with_experts(
         shared_groups=processor.shared_groups,
         shared_layers=processor.shared_layers,
     )
-    report.provenance = provenance(model, config, experts, report)
+    report.provenance = provenance(merged, config, experts, report)
     config.meta["epmq"] = report.provenance
     model.epmq_report = report
     return {**log, "epmq": report}
@@ -261,8 +263,3 @@ def _check_linears(linears: list[Linear], model: BaseQModel, config: EPMQConfig)
                 f"`group_size` {group_size} does not divide the {width} inputs of "
                 f"`{linear.name}`; choose a divisor, or -1 for one group per row."
             )
-
-
-def _published_config(model: BaseQModel) -> dict[str, Any]:
-    file = Path(str(model.model_local_path)) / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from .checkpoints import Checkpoint, Source, describe_source
 from .config import EPMQConfig
 from .experts import Experts
+from .merging import RECORD_NAME as MERGE_RECORD
 from .report import QuantizationReport
 
 SCHEMA = 1
-MERGE_RECORD = "epmq_merge.json"
 
 
 def provenance(
-    model, config: EPMQConfig, experts: Experts, report: QuantizationReport
+    merged: Checkpoint, config: EPMQConfig, experts: Experts, report: QuantizationReport
 ) -> dict[str, Any]:
     """The record that goes into ``quantize_config.json`` under ``meta.epmq``."""
     from . import __version__
 
-    merged_path = Path(str(model.model_local_path))
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "method": "E-PMQ",
@@ -33,7 +31,7 @@ def provenance(
         "versions": {"epmq_gptq": __version__} | _versions("gptqmodel", "torch", "transformers"),
         "alpha": config.alpha,
         "on_bad_module": config.on_bad_module,
-        "merged": _described(describe_source(merged_path), Checkpoint(merged_path, what="merged")),
+        "merged": _described(describe_source(merged.path), merged),
         "experts": [
             {"name": name}
             | _described(experts.sources[name], experts.checkpoint(name))
@@ -48,7 +46,7 @@ def provenance(
         record["exceptions"] = [
             {"module": m.module, "target": m.target, "reason": m.reason} for m in report.exceptions
         ]
-    merge = merged_path / MERGE_RECORD
+    merge = merged.path / MERGE_RECORD
     if merge.is_file():
         record["merge"] = json.loads(merge.read_text(encoding="utf-8"))
     return record

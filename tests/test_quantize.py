@@ -143,6 +143,22 @@ def test_shared_inputs_are_counted_and_factorised_once(case):
     assert (case.report.shared_groups, case.report.shared_layers) == (2 * 2, 2 * 3)
 
 
+def test_the_rounding_factorises_once_per_shared_input(case, tmp_path, monkeypatch):
+    from gptqmodel.quantization.gptq import GPTQ
+
+    factorised = []
+    host_inverse = GPTQ.hessian_inverse
+
+    def counted(self, H):
+        factorised.append(self.name)
+        return host_inverse(self, H)
+
+    monkeypatch.setattr(GPTQ, "hessian_inverse", counted)
+    config = EPMQConfig(bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA)
+    run(case.merged, config, case.rows, tmp_path / "out")
+    assert len(factorised) == 2 * 4  # qkv, o, gate and up, down
+
+
 def test_without_sharing_the_result_is_the_same_bit_for_bit(case, tmp_path):
     config = EPMQConfig(
         bits=BITS,
