@@ -26,6 +26,10 @@ CONFIG_VERSION = 1
 # gets one that changes no bit of an fp32 diagonal that the anchor already holds up.
 NUMERICAL_DAMP = 1e-12
 
+BITS = (2, 3, 4, 5, 6, 7, 8)
+# What the host's kernels pack and run.
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
+
 # Expert names reach file names, tables and the published provenance.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -103,6 +107,12 @@ class EPMQConfig(GPTQConfig):
         if self.on_bad_module not in ("raise", "rtn"):
             raise EPMQInputError(
                 f'`on_bad_module` should be "raise" or "rtn", got {self.on_bad_module!r}.'
+            )
+        if isinstance(self.bits, bool) or self.bits not in BITS:
+            raise EPMQInputError(f"`bits` should be one of {list(BITS)}, got {self.bits!r}.")
+        if self.group_size not in GROUP_SIZES:
+            raise EPMQInputError(
+                f"`group_size` should be one of {list(GROUP_SIZES)}, got {self.group_size!r}."
             )
         if self.damp_percent not in (None, NUMERICAL_DAMP):
             raise EPMQInputError(

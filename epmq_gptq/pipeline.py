@@ -70,6 +70,9 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
         device = _device(options.device)
         _check_method(recipe)
         _check_places(recipe, out, options.overwrite, reporter)
+        for source in (each for sources in recipe.calibration.values() for each in sources):
+            if source.dataset is not None:
+                reporter.step("fetch", f"dataset {source.label}")
         sets = {
             name: read_rows(sources, expert=name, seed=recipe.seed, folder=recipe.folder)
             for name, sources in recipe.calibration.items()
@@ -118,13 +121,11 @@ def _device(wanted: str | None) -> str:
 def _check_method(recipe: Recipe) -> None:
     if recipe.merge is None:
         return
-    from .merging.core import check_run
-    from .merging.registry import build_method
+    from .merging import check_merge
 
     step = recipe.merge
     try:
-        method = build_method(step.method, step.parameters)
-        check_run(method, step.base is not None, list(recipe.experts))
+        check_merge(step.method, step.parameters, step.base is not None, list(recipe.experts))
     except EPMQInputError as error:
         raise EPMQInputError(f"`merge`: {error}") from error
 
@@ -132,17 +133,17 @@ def _check_method(recipe: Recipe) -> None:
 def _check_places(recipe: Recipe, out: Path, overwrite: bool, reporter: Reporter) -> None:
     """Every model is there and readable, and the output destroys none of them."""
     from .checkpoints import open_checkpoint
-    from .saving import check_target
+    from .output import check_output
 
     specs = {f"expert `{name}`": spec for name, spec in recipe.experts.items()}
     if recipe.merged is not None:
         specs["`merged`"] = recipe.merged
     elif recipe.merge.base is not None:
         specs["`merge.base`"] = recipe.merge.base
-    folders = []
+    folders = {}
     for what, spec in specs.items():
         place = recipe.source(spec)
-        if not Path(place).exists():
+        if not Path(place).is_absolute():
             reporter.step("fetch", place)
         checkpoint, source = open_checkpoint(place, what=what)
         quantized = "quantization_config" in checkpoint.config()
@@ -151,8 +152,8 @@ def _check_places(recipe: Recipe, out: Path, overwrite: bool, reporter: Reporter
             raise EPMQInputError(
                 f"{what}: `{source.name}` is already quantized; give the full-precision model."
             )
-        folders.append(source.path)
-    check_target(out, folders, overwrite=overwrite)
+        folders[what] = source.path
+    check_output(out, folders, overwrite)
     if recipe.merge is not None and recipe.merge.keep is not None:
         _check_keep(recipe.place(recipe.merge.keep), out)
 

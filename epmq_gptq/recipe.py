@@ -164,7 +164,7 @@ class Recipe:
 
     def place(self, spec: str) -> Path:
         """The path that ``spec`` means in this recipe."""
-        return resolve_path(spec, self.folder)
+        return resolve_path(spec, self.folder).absolute()
 
     def source(self, spec: str) -> str:
         """A model's folder as a path, or its hub id as it is."""

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +14,7 @@ from safetensors.torch import save_file
 from .checkpoints import Checkpoint
 from .errors import EPMQError, EPMQInputError, EPMQNumericalError
 from .experts import check_finite
+from .output import check_output, new_folder
 
 # What one packed linear layer consists of.
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -44,76 +42,21 @@ def save_whole(
         EPMQError: what was written does not read back as it should. The model stays in memory;
             ``save`` can be called again.
     """
-    target = Path(save_dir).expanduser().absolute()
     if not model.quantized:
         raise EPMQInputError("`save` before `quantize`: there is nothing quantized to save yet.")
-    sources = [Path(str(model.model_local_path))]
-    sources += [Path(path) for path in model.quantize_config.experts.values()]
-    check_target(target, sources, overwrite=overwrite)
+    merged = Path(str(model.model_local_path))
+    sources = {"merged model": merged} | {
+        f"expert `{name}`": Path(path)
+        for name, path in model.quantize_config.experts.items()
+        if Path(path).is_dir()
+    }
+    target = check_output(Path(save_dir), sources, overwrite, option="save_dir")
 
-    with staged_folder(target, overwrite=overwrite) as staging:
+    with new_folder(target) as staging:
         with contextlib.redirect_stdout(io.StringIO()):  # the host lists the files it wrote
             write(str(staging), *arguments, **options)
-        _store_dense_tensors_as_merged(staging, sources[0])
+        _store_dense_tensors_as_merged(staging, merged)
         verify_checkpoint(staging, [m.module for m in model.epmq_report.modules])
-
-
-def check_target(target: Path, sources: list[Path], *, overwrite: bool) -> None:
-    """Refuse an output folder that would destroy something.
-
-    Raises:
-        EPMQInputError: see :func:`save_whole`.
-    """
-    real = target.resolve()
-    for source in sources:
-        if not source.is_dir():
-            continue
-        other = source.resolve()
-        if real == other or real in other.parents or other in real.parents:
-            raise EPMQInputError(
-                f"output `{target.name}` is, holds or lies in the source model `{other.name}`; "
-                "choose another folder."
-            )
-    if target.is_file():
-        raise EPMQInputError(f"output `{target.name}` is a file; choose a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise EPMQInputError(
-            f"output folder `{target.name}` is not empty; choose another or pass `overwrite=True`."
-        )
-
-
-@contextlib.contextmanager
-def staged_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that becomes ``target`` if the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:8]
-    staging = target.with_name(f".{target.name}.tmp-{tag}")
-    staging.mkdir()
-    try:
-        yield staging
-        for file in sorted(staging.rglob("*")):
-            _flush(file)
-        _flush(staging)
-        old = None
-        if target.exists():
-            if any(target.iterdir()):
-                assert overwrite
-                old = target.with_name(f".{target.name}.old-{tag}")
-                os.replace(target, old)
-        os.replace(staging, target)
-        _flush(target.parent)
-        if old is not None:
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _store_dense_tensors_as_merged(folder: Path, merged: Path) -> None:

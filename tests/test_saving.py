@@ -13,7 +13,8 @@ from gptqmodel import GPTQModel
 from safetensors import safe_open
 
 from epmq_gptq import EPMQConfig, EPMQError, EPMQInputError
-from epmq_gptq.saving import staged_folder, verify_checkpoint
+from epmq_gptq.output import new_folder
+from epmq_gptq.saving import verify_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +106,15 @@ def test_outputs_that_would_destroy_something_are_refused(model, family, tmp_pat
     merged, experts = family
     before = sorted(path.name for path in merged.iterdir())
     for place in (merged, merged / "inside", merged.parent, experts["expert1"]):
-        with pytest.raises(EPMQInputError, match="is, holds or lies in the source model"):
+        with pytest.raises(EPMQInputError, match="`save_dir` should lie outside of every input"):
             model.save(str(place))
     assert sorted(path.name for path in merged.iterdir()) == before
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "note.txt").write_text("mine")
-    with pytest.raises(EPMQInputError, match=r"`taken` is not empty.*overwrite=True"):
+    with pytest.raises(EPMQInputError, match=r"`save_dir` should be new or empty.*overwrite=True"):
         model.save(str(taken))
-    with pytest.raises(EPMQInputError, match=r"is a file"):
+    with pytest.raises(EPMQInputError, match=r"`save_dir` should be a folder"):
         model.save(str(taken / "note.txt"))
     model.save(str(taken), overwrite=True)
     assert not (taken / "note.txt").exists() and (taken / "model.safetensors").is_file()
@@ -151,11 +152,11 @@ def test_staging_replaces_only_when_complete(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(RuntimeError), staged_folder(target, overwrite=True) as staging:
+    with pytest.raises(RuntimeError), new_folder(target) as staging:
         (staging / "new").write_text("half")
         raise RuntimeError("killed")
     assert [path.name for path in target.iterdir()] == ["old"]
-    with staged_folder(target, overwrite=True) as staging:
+    with new_folder(target) as staging:
         (staging / "new").write_text("whole")
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["target"]

@@ -7,9 +7,16 @@
 with their options, defaults and papers.
 """
 
-from .core import merge_state_dicts
+from .core import check_merge, merge_state_dicts
 from .record import RECORD_NAME
 from .registry import merge_methods
 from .streaming import MergeResult, merge
 
-__all__ = ["RECORD_NAME", "MergeResult", "merge", "merge_methods", "merge_state_dicts"]
+__all__ = [
+    "RECORD_NAME",
+    "MergeResult",
+    "check_merge",
+    "merge",
+    "merge_methods",
+    "merge_state_dicts",
+]

@@ -62,16 +62,24 @@ def run_method(
             tick(name)
 
 
-def check_run(method: MergeMethod, has_base: bool, experts: Sequence[str]) -> None:
-    """Raise EPMQInputError where the method and the models given do not fit."""
+def check_merge(
+    method: str, parameters: Mapping[str, Any] | None, has_base: bool, experts: Sequence[str]
+) -> MergeMethod:
+    """The method with its options, if it can merge these experts.
+
+    Raises:
+        EPMQInputError: unknown method or option, no experts, or a missing base.
+    """
+    built = build_method(method, parameters)
     if not experts:
         raise EPMQInputError("`experts` should name at least one expert, got none.")
-    if method.needs_base and not has_base:
+    if built.needs_base and not has_base:
         raise EPMQInputError(
-            f"`base` should be the model that the experts were tuned from: `{method.name}` adds "
+            f"`base` should be the model that the experts were tuned from: `{built.name}` adds "
             "task vectors to it, got none. Only `average` needs no base."
         )
-    method.check_experts(experts)
+    built.check_experts(experts)
+    return built
 
 
 def merge_state_dicts(
@@ -97,8 +105,7 @@ def merge_state_dicts(
             tensors do not match.
         EPMQNumericalError: NaN or Inf in a tensor.
     """
-    built = build_method(method, parameters)
-    check_run(built, base_sd is not None, list(expert_sds))
+    built = check_merge(method, parameters, base_sd is not None, list(expert_sds))
     reference = next(iter(expert_sds.values())) if base_sd is None else base_sd
     header = _header(reference)
     what = "the first expert" if base_sd is None else "the base"

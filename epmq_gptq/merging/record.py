@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from .. import __version__
 from ..checkpoints import Checkpoint, Source
 from .inputs import Inputs
 from .method import MergeMethod
@@ -40,13 +40,5 @@ def build_record(
         "experts": {name: describe(*pair) for name, pair in inputs.experts.items()},
         "tensors": tensors,
         "device": device.type,
-        "epmq_gptq": _package_version(),
+        "epmq_gptq": __version__,
     }
-
-
-def _package_version() -> str:
-    try:
-        return version("epmq-gptq")
-    except PackageNotFoundError:
-        # A source tree on the path that was never installed.
-        return "unknown"

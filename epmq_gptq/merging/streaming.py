@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from ..errors import EPMQInputError
+from ..output import check_output, check_space, new_folder
 from .companions import copy_companions
-from .core import check_run, run_method
+from .core import check_merge, run_method
 from .inputs import check_inputs, open_inputs
-from .output import check_output, check_space, new_folder
 from .record import RECORD_NAME, build_record
-from .registry import build_method
 from .shards import Entry, ShardWriter
 
 # About 2 GB, so that a shard loads on a small machine.
@@ -80,8 +79,7 @@ def merge(
         EPMQNumericalError: a tensor holds NaN or Inf, or the merge left its dtype's range; nothing
             was written.
     """
-    built = build_method(method, parameters)
-    check_run(built, base is not None, list(experts))
+    built = check_merge(method, parameters, base is not None, list(experts))
     place = _check_options(experts, max_shard_bytes, device)
     with ExitStack() as stack:
         inputs = open_inputs(base, experts, stack)

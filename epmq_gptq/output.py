@@ -1,4 +1,4 @@
-"""The folder that a merge writes: whole or absent."""
+"""The folder that a merge or a save writes: whole or absent."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import EPMQInputError
+from .errors import EPMQInputError
 
 
-def check_output(out: Path, inputs: Mapping[str, Path], overwrite: bool) -> Path:
-    """The absolute output path, if a merge may be written there.
+def check_output(
+    out: Path, inputs: Mapping[str, Path], overwrite: bool, *, option: str = "out"
+) -> Path:
+    """The absolute output path, if something may be written there.
 
     Args:
         out: what the caller asked for.
         inputs: how errors call an input → its folder.
         overwrite: whether a non-empty folder may be replaced.
+        option: what errors call ``out``.
 
     Raises:
         EPMQInputError: it is, contains or lies inside an input, is a file, or is not empty.
@@ -28,14 +31,14 @@ def check_output(out: Path, inputs: Mapping[str, Path], overwrite: bool) -> Path
         source = folder.resolve()
         if target == source or target in source.parents or source in target.parents:
             raise EPMQInputError(
-                f"`out` should lie outside of every input, got `{out}`, which is, contains or lies "
+                f"`{option}` should lie outside of every input, got `{out}`, which is, contains or lies "
                 f"inside the folder of the {what}. Choose another folder."
             )
     if target.exists() and not target.is_dir():
-        raise EPMQInputError(f"`out` should be a folder, got the file `{out}`.")
+        raise EPMQInputError(f"`{option}` should be a folder, got the file `{out}`.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise EPMQInputError(
-            f"`out` should be new or empty, got `{out}`, which is neither. Choose another folder, "
+            f"`{option}` should be new or empty, got `{out}`, which is neither. Choose another folder, "
             "or pass `overwrite=True` to replace it."
         )
     return target

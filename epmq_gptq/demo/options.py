@@ -1,0 +1,113 @@
+"""What the demo can be asked, and what it answers. Light to import: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from .recipe import FULL, QUICK, Recipe
+
+RESULT_NAME = "demo_result.json"
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Options of ``epmq-gptq demo``.
+
+    Attributes:
+        out: folder of the E-PMQ checkpoint; ``demo_result.json`` is written beside it.
+        cache: where the trained models are kept; None for the user's cache folder.
+        bits, group_size, alpha: of the quantization; all methods get the same bits and groups.
+        awq: also GPTQModel's AWQ (minutes on a CPU).
+        seed: of the models and the data.
+        merge_method, merge_parameters: see ``epmq_gptq.merging``.
+        calibration_rows, evaluation_rows: per domain.
+        quick: tiny models that learn next to nothing; only to see that everything runs.
+        retrain: train again although the models are cached.
+        overwrite: replace what is in ``out``.
+    """
+
+    out: Path
+    cache: Path | None = None
+    bits: int = 4
+    group_size: int = 32
+    alpha: float = 1.0
+    awq: bool = False
+    seed: int = 0
+    merge_method: str = "average"
+    merge_parameters: Mapping[str, object] = field(default_factory=dict)
+    calibration_rows: int = 64
+    evaluation_rows: int = 64
+    quick: bool = False
+    retrain: bool = False
+    overwrite: bool = False
+
+    def recipe(self) -> Recipe:
+        """How the models are trained under these options."""
+        return replace(QUICK if self.quick else FULL, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model does on one domain.
+
+    Attributes:
+        loss: mean cross-entropy over the scored tokens, in nats.
+        accuracy: share of spans whose every token is the most likely one. For an answer this is
+            exactly "greedy decoding gives the answer"; for a text, next-token accuracy.
+    """
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the fresh process answered.
+
+    Attributes:
+        texts: domain → the greedy continuation of its prompt.
+        packed: how many linear layers were loaded as packed ones.
+    """
+
+    texts: dict[str, str]
+    packed: int
+
+
+@dataclass
+class DemoResult:
+    """All numbers of a run.
+
+    Attributes:
+        scores: row of the table → domain → loss and accuracy, in the table's order.
+        seconds: stage → wall time.
+        parameters: of one model.
+        trained: whether the models were trained in this run.
+        checkpoint: the saved E-PMQ checkpoint.
+        served: what a fresh process with GPTQModel alone made of it.
+        settings: bits, group size and the other options that decide the numbers.
+    """
+
+    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    parameters: int = 0
+    trained: bool = False
+    checkpoint: Path | None = None
+    served: Served | None = None
+    settings: dict[str, object] = field(default_factory=dict)
+
+    def average(self, row: str) -> Score:
+        """Mean over the domains of one row."""
+        scores = self.scores[row].values()
+        return Score(
+            sum(s.loss for s in scores) / len(scores),
+            sum(s.accuracy for s in scores) / len(scores),
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data; of the checkpoint only its name, so that it can be published."""
+        plain = asdict(self)
+        plain["checkpoint"] = self.checkpoint.name if self.checkpoint else None
+        plain["averages"] = {row: asdict(self.average(row)) for row in self.scores}
+        return plain

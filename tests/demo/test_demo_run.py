@@ -1,0 +1,51 @@
+"""The demo from end to end, in its tiny version."""
+
+import io
+import json
+import logging
+import sys
+
+import pytest
+from rich.console import Console
+
+from epmq_gptq.demo import DemoOptions, run_demo
+from epmq_gptq.demo.quiet import quiet_host
+from epmq_gptq.errors import EPMQInputError
+
+
+def test_quick_demo(tmp_path, monkeypatch):
+    pytest.importorskip("epmq_gptq.host")
+    monkeypatch.chdir(tmp_path)
+    options = DemoOptions(
+        out=tmp_path / "out" / "quantized",
+        cache=tmp_path / "cache",
+        quick=True,
+        calibration_rows=4,
+        evaluation_rows=4,
+    )
+    screen = io.StringIO()
+    result = run_demo(options, Console(file=screen, width=120))
+    text = screen.getvalue()
+    assert list(result.scores) == ["base", "experts", "merged", "RTN", "GPTQ", "E-PMQ"]
+    assert all(name in text for name in ("RTN", "GPTQ", "E-PMQ", "sorting"))
+    assert "INFO" not in text and "Traceback" not in text
+    # Two layers of seven linears, read as packed ones by a process with GPTQModel alone.
+    assert result.served.packed == 14 and set(result.served.texts) == set(result.scores["base"])
+    saved = json.loads((tmp_path / "out" / "demo_result.json").read_text())
+    assert saved["scores"]["E-PMQ"]["code"]["loss"] == result.scores["E-PMQ"]["code"].loss
+    assert str(tmp_path) not in json.dumps(saved)
+    # The host's log folder went to the scratch folder, not here.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
+
+    with pytest.raises(EPMQInputError, match="not empty"):
+        run_demo(options, Console(file=screen))
+
+
+def test_quiet_host_restores_everything(tmp_path, capsys):
+    log = logging.getLogger("tokenicer")
+    before = (sys.stdout, log.level)
+    with pytest.raises(RuntimeError), quiet_host(tmp_path) as printed:
+        sys.stdout.write("noise")
+        raise RuntimeError
+    assert printed.getvalue().endswith("noise") and (sys.stdout, log.level) == before
+    assert capsys.readouterr().out == ""

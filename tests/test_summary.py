@@ -1,0 +1,105 @@
+"""The tables at the end: every layer of a small model, every kind of layer of a large one."""
+
+import io
+
+from rich.console import Console
+
+from epmq_gptq.report import ModuleReport, QuantizationReport
+from epmq_gptq.rows import FittedRows
+from epmq_gptq.summary import folder_size, human_size, print_summary
+
+
+def module(name, **changes):
+    values = {
+        "module": name,
+        "target": "experts",
+        "bits": 4,
+        "group_size": 128,
+        "alpha": 1.0,
+        "lam": 0.5,
+        "tokens": {"math": 1000, "code": 500},
+        "loss": 0.25,
+        "excess": 2.0,
+        "merge_excess": 3.0,
+        "seconds": 0.5,
+    }
+    return ModuleReport(**values | changes)
+
+
+def report(layers):
+    return QuantizationReport(
+        modules=[
+            module(f"model.layers.{layer}.{name}")
+            for layer in range(layers)
+            for name in ("self_attn.q_proj", "mlp.down_proj")
+        ],
+        rows={"math": 10, "code": 5},
+        tokens={"math": 1000, "code": 500},
+        seconds=12.5,
+    )
+
+
+def shown(report, **options):
+    console = Console(file=io.StringIO(), width=140)
+    rows = {"math": FittedRows([], cut=7, tokens=1000), "code": FittedRows([], cut=0, tokens=500)}
+    print_summary(console, report, rows, **options)
+    return [line for line in console.file.getvalue().splitlines() if line.strip()]
+
+
+def cells(lines, start):
+    (line,) = [line for line in lines if line.startswith(f"│ {start}")]
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_a_small_model_shows_every_layer_and_the_totals():
+    lines = shown(report(2))
+    assert cells(lines, "model.layers.1.mlp.down_proj")[1:] == [
+        "4", "experts", "0.25", "2", "3", "1,500", "0.50",
+    ]  # fmt: skip
+    assert cells(lines, "all 4")[1:] == ["4", "", "0.25", "8", "12", "1,500", "12.5"]
+    assert cells(lines, "math") == ["math", "10", "1,000", "7"]
+    assert cells(lines, "code") == ["code", "5", "500", "0"]
+
+
+def test_a_large_model_shows_kinds_unless_full():
+    lines = shown(report(30))
+    assert cells(lines, "model.layers.*.mlp.down_proj (30)")[4:6] == ["60", "90"]
+    assert not any("model.layers.1." in line for line in lines)
+    assert any("--full shows every layer" in line for line in lines)
+    assert cells(shown(report(30), full=True), "model.layers.29.mlp.down_proj")
+
+
+def test_exceptions_are_spelled_out_also_in_a_large_model():
+    made = report(30)
+    made.modules[0] = module(
+        made.modules[0].module, target="rtn", loss=None, excess=None, reason="[nan] in the weights"
+    )
+    made.modules[2] = module(made.modules[2].module, target="merged", reason="3 tokens")
+    lines = shown(made)
+    assert "! model.layers.0.self_attn.q_proj: rounded to nearest: [nan] in the weights" in lines
+    assert any("kept the merged weight as its target: 3 tokens" in line for line in lines)
+    assert cells(lines, "model.layers.*.self_attn.q_proj (30)")[2] == "experts, 2 not"
+
+
+def test_mixed_bits_and_tokens_are_shown_as_ranges():
+    made = report(1)
+    made.modules.append(module("model.layers.0.mlp.up_proj", bits=8, tokens={"math": 2, "code": 1}))
+    assert cells(shown(made), "all 3")[1] == "4/8"
+
+
+def test_a_module_without_loss_has_no_number():
+    made = QuantizationReport(
+        modules=[module("lm_head", target="rtn", loss=None, excess=None, reason="x")],
+        rows={}, tokens={},
+    )  # fmt: skip
+    assert cells(shown(made), "lm_head")[3:5] == ["-", "-"]
+
+
+def test_sizes(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a").write_bytes(b"x" * 1500)
+    (tmp_path / "sub" / "b").write_bytes(b"x" * 500)
+    assert folder_size(tmp_path) == (2000, 2)
+    expected = {999: "999 B", 1000: "1.0 kB", 1_234_567: "1.2 MB", 14 * 10**9: "14.0 GB"}
+    assert {size: human_size(size) for size in expected} == expected
+    assert human_size(2 * 10**16) == "20000.0 TB"
