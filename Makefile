@@ -25,7 +25,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	touch $(READY)
 
 demo: venv
-	$(BIN)/epmq-gptq demo $(ARGS)
+	$(BIN)/epmq-gptq demo --out out/demo-4bit --overwrite $(ARGS)
 
 test: venv
 	$(TEST_ENV) $(BIN)/python -m pytest -q $(ARGS)

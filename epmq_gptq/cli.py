@@ -16,6 +16,7 @@ from rich.table import Table
 
 from . import __version__
 from .console import Reporter
+from .demo.options import ALPHA as DEMO_ALPHA
 from .errors import EPMQInputError
 from .options import parse_yaml
 from .recipe import Recipe, recipe_help
@@ -203,7 +204,9 @@ def demo(
     ] = False,
     bits: Annotated[int, typer.Option(help="Bits of all methods.")] = 4,
     group_size: Annotated[int, typer.Option(help="Weights per scale.")] = 32,
-    alpha: Annotated[float, typer.Option(help="Strength of E-PMQ's anchor to the merge.")] = 1.0,
+    alpha: Annotated[
+        float, typer.Option(help="Strength of E-PMQ's anchor to the merge.")
+    ] = DEMO_ALPHA,
     method: Annotated[str, typer.Option(help="Merge method.")] = "average",
     awq: Annotated[bool, typer.Option("--awq", help="Also GPTQModel's AWQ (minutes).")] = False,
     seed: Annotated[int, typer.Option(help="Of the models and the data.")] = 0,
@@ -220,21 +223,20 @@ def demo(
         for name, value in check_bits.items():
             if value < 1:
                 raise EPMQInputError(f"`--{name.replace('_', '-')}` should be positive.")
-        with reporter.quiet_host():
-            from .demo import DemoOptions, run_demo
+        from .demo import DemoOptions, run_demo
 
-            options = DemoOptions(
-                out=out,
-                alpha=alpha,
-                awq=awq,
-                seed=seed,
-                merge_method=method,
-                quick=quick,
-                retrain=retrain,
-                overwrite=overwrite,
-                **check_bits,
-            )
-            run_demo(options, reporter.out)
+        options = DemoOptions(
+            out=out,
+            alpha=alpha,
+            awq=awq,
+            seed=seed,
+            merge_method=method,
+            quick=quick,
+            retrain=retrain,
+            overwrite=overwrite,
+            **check_bits,
+        )
+        run_demo(options, reporter.out, quiet=not verbose)
         _print_checkpoint(reporter, out)
 
 

@@ -74,6 +74,19 @@ class HostOutput(io.TextIOBase):
             self.alarms.append(line)
 
 
+@contextlib.contextmanager
+def captured(host: HostOutput) -> Iterator[None]:
+    """Keep what others print off the terminal and in ``host``.
+
+    GPTQModel's logger and bars, transformers' and datasets' bars, ``print`` and ``warnings`` all
+    look up ``sys.stdout`` or ``sys.stderr`` when they write, and loggers when they are imported, so
+    replacing these two is enough; the process's file descriptors stay as they are. A console that
+    shall be seen meanwhile must hold its own stream.
+    """
+    with contextlib.redirect_stdout(host), contextlib.redirect_stderr(host):
+        yield
+
+
 class Reporter:
     """The two streams of one command, taken when it starts, so that the host cannot replace them.
 
@@ -133,16 +146,8 @@ class Reporter:
 
     @contextlib.contextmanager
     def quiet_host(self) -> Iterator[None]:
-        """Keep what others print off the terminal and in ``self.host``, unless verbose.
-
-        GPTQModel's logger and bars, transformers' and datasets' bars, ``print`` and ``warnings``
-        all look up ``sys.stdout`` or ``sys.stderr`` when they write, and loggers when they are
-        imported, so replacing these two is enough; the process's file descriptors stay as they are.
-        """
-        if self.verbose:
-            yield
-            return
-        with contextlib.redirect_stdout(self.host), contextlib.redirect_stderr(self.host):
+        """:func:`captured` into ``self.host``, unless verbose."""
+        with contextlib.nullcontext() if self.verbose else captured(self.host):
             yield
 
     @contextlib.contextmanager

@@ -31,14 +31,14 @@ def check_output(
         source = folder.resolve()
         if target == source or target in source.parents or source in target.parents:
             raise EPMQInputError(
-                f"`{option}` should lie outside of every input, got `{out}`, which is, contains or lies "
-                f"inside the folder of the {what}. Choose another folder."
+                f"`{option}` should lie outside of every input, got `{out}`, which is, "
+                f"contains or lies inside the folder of the {what}. Choose another folder."
             )
     if target.exists() and not target.is_dir():
         raise EPMQInputError(f"`{option}` should be a folder, got the file `{out}`.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise EPMQInputError(
-            f"`{option}` should be new or empty, got `{out}`, which is neither. Choose another folder, "
+            f"`{option}` should be new or empty, got `{out}`, which is neither. Choose another, "
             "or pass `overwrite=True` to replace it."
         )
     return target

@@ -185,7 +185,7 @@ def test_a_bad_place_is_refused_before_the_model_is_loaded(recipe, tmp_path, mod
     refused(run("quantize", path, "--out", tmp_path), "`--out`", "not empty", "--overwrite")
     refused(
         run("quantize", path, "--out", experts["math"], "--overwrite"),
-        "is, holds or lies in the source model `expert0`",
+        "lies inside the folder of the expert `math`",
     )
     refused(
         run("quantize", path, "--out", tmp_path / "out", "--json", tmp_path / "no" / "r.json"),
@@ -293,7 +293,7 @@ def test_demo_passes_its_options_on(tmp_path, monkeypatch):
 
     seen = {}
 
-    def run_demo(options, console):
+    def run_demo(options, console, *, quiet):
         seen["options"] = options
         options.out.mkdir()
         console.print("the table")

@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from .domains import DATA_VERSION, DOMAINS
-from .recipe import TRAINING_VERSION, Recipe
+from .plan import TRAINING_VERSION, TrainingPlan
 from .training import Progress, train_all
 
 
@@ -51,10 +51,10 @@ def cache_folder() -> Path:
     return Path(shared).expanduser() / "epmq_gptq"
 
 
-def cache_key(recipe: Recipe) -> str:
-    """Hash of the recipe and of every version that decides the models."""
+def cache_key(plan: TrainingPlan) -> str:
+    """Hash of the plan and of every version that decides the models."""
     parts = {
-        "recipe": asdict(recipe),
+        "plan": asdict(plan),
         "data": DATA_VERSION,
         "training": TRAINING_VERSION,
         "python": platform.python_version(),  # the text is its standard library
@@ -65,14 +65,14 @@ def cache_key(recipe: Recipe) -> str:
 
 
 def trained_models(
-    recipe: Recipe,
+    plan: TrainingPlan,
     cache: Path,
     *,
     retrain: bool = False,
     progress: Progress = lambda name, fraction: None,
-    train: Callable[[Recipe, Path, Progress], int] = train_all,
+    train: Callable[[TrainingPlan, Path, Progress], int] = train_all,
 ) -> Models:
-    """The models of ``recipe``, from ``cache`` or trained into it.
+    """The models of ``plan``, from ``cache`` or trained into it.
 
     They are trained in a temporary folder beside their place and moved there when complete. Of two
     processes at once the one that is done first wins, and the other takes what the first made.
@@ -82,7 +82,7 @@ def trained_models(
         progress: called with (what is being trained, share done).
         train: writes the models to a folder and returns their parameter count.
     """
-    place = cache / "demo" / cache_key(recipe)
+    place = cache / "demo" / cache_key(plan)
     trained = retrain or not place.is_dir()
     if trained:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def trained_models(
             fresh = Path(temporary) / "models"
             fresh.mkdir()
             start = time.perf_counter()
-            parameters = train(recipe, fresh, progress)
+            parameters = train(plan, fresh, progress)
             facts = {"seconds": time.perf_counter() - start, "parameters": parameters}
             (fresh / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
             _publish(fresh, place, Path(temporary) / "replaced", replace=retrain)

@@ -62,7 +62,7 @@ def quantize(
 ) -> Quantized:
     """Quantize ``merged`` with ``method`` (one of ``METHODS``) and save it to ``out``.
 
-    Baselines see the same rows as E-PMQ, pooled. Run it inside :func:`.quiet.quiet_host`.
+    Baselines see the same rows as E-PMQ, pooled.
     """
     # Ours first: it settles how many workers the host may start, which RTN needs as well.
     from .. import EPMQConfig  # isort: skip

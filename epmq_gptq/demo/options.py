@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from .recipe import FULL, QUICK, Recipe
+from .plan import FULL, QUICK, TrainingPlan
 
 RESULT_NAME = "demo_result.json"
+
+# The best of the paper's 0.01, 0.1, 1 and 10 by average loss, on 64 rows per domain that are
+# neither calibrated on nor evaluated (2.086, 2.105, 2.125, 2.127; GPTQ 2.127, the merge 2.126).
+ALPHA = 0.01
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class DemoOptions:
     cache: Path | None = None
     bits: int = 4
     group_size: int = 32
-    alpha: float = 1.0
+    alpha: float = ALPHA
     awq: bool = False
     seed: int = 0
     merge_method: str = "average"
@@ -43,7 +47,7 @@ class DemoOptions:
     retrain: bool = False
     overwrite: bool = False
 
-    def recipe(self) -> Recipe:
+    def plan(self) -> TrainingPlan:
         """How the models are trained under these options."""
         return replace(QUICK if self.quick else FULL, seed=self.seed)
 

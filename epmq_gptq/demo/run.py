@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ from .evaluation import Score, score
 from .fresh import generate_elsewhere
 from .hosting import QuantizeSettings, one_thread, quantize, reload, reload_awq
 from .options import RESULT_NAME, DemoOptions, DemoResult
-from .quiet import quiet_host
 from .rows import Row, domain_rows
 from .table import result_table
 
@@ -37,8 +37,6 @@ class Demo:
             )
         self.options, self.out, self.console = options, out, console
         self.cache = Path(options.cache or cache_folder()).expanduser().absolute()
-        # The stream it writes to now, whatever `quiet_host` does to `sys.stdout` later.
-        console.file = console.file
         self.result = DemoResult(
             settings={
                 "bits": options.bits,
@@ -48,14 +46,14 @@ class Demo:
                 "merge_parameters": dict(options.merge_parameters),
                 "calibration_rows": options.calibration_rows,
                 "evaluation_rows": options.evaluation_rows,
-                "recipe": asdict(options.recipe()),
+                "plan": asdict(options.plan()),
             }
         )
 
     def run(self) -> DemoResult:
         with (
             tempfile.TemporaryDirectory(prefix="epmq-demo-") as temporary,
-            quiet_host(Path(temporary)),
+            working_folder(Path(temporary)),
             one_thread(),
         ):
             scratch = Path(temporary)
@@ -86,7 +84,7 @@ class Demo:
     def models(self) -> Models:
         with self.stage("models") as say:
             models = trained_models(
-                self.options.recipe(),
+                self.options.plan(),
                 self.cache,
                 retrain=self.options.retrain,
                 progress=lambda name, done: say(f"training {name}, {100 * done:.0f} %"),
@@ -111,7 +109,7 @@ class Demo:
                 name,
                 split,
                 count=count,
-                length=options.recipe().row_length,
+                length=options.plan().row_length,
                 seed=options.seed,
             )
             for name in DOMAINS
@@ -174,6 +172,17 @@ class Demo:
         for name, text in result.served.texts.items():
             console.print(f"  [bold]{name}[/bold]: {PROMPTS[name]!r} → {text!r}", markup=True)
         console.print(f"Checkpoint: {self.out}\nNumbers: {file}", soft_wrap=True)
+
+
+@contextmanager
+def working_folder(folder: Path) -> Iterator[None]:
+    """GPTQModel's own processors write a `logs` folder into the current one."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _load(path: Path) -> torch.nn.Module:

@@ -20,23 +20,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .domains import DOMAINS
 from .hosting import one_thread
-from .recipe import Recipe
+from .plan import TrainingPlan
 from .rows import IGNORED, Row, collate, domain_rows, train_tokenizer
 
 Progress = Callable[[str, float], None]
 
 
-def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def new_model(plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A freshly initialised base; head size 32 to 128, as vLLM's attention wants it."""
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(plan.seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            num_key_value_heads=recipe.kv_heads,
+            hidden_size=plan.hidden_size,
+            intermediate_size=plan.intermediate_size,
+            num_hidden_layers=plan.layers,
+            num_attention_heads=plan.heads,
+            num_key_value_heads=plan.kv_heads,
             max_position_embeddings=512,
             tie_word_embeddings=False,
             pad_token_id=tokenizer.pad_token_id,
@@ -101,42 +101,44 @@ def train(
     return losses
 
 
-def train_all(recipe: Recipe, out: Path, progress: Progress = lambda name, fraction: None) -> int:
+def train_all(
+    plan: TrainingPlan, out: Path, progress: Progress = lambda name, fraction: None
+) -> int:
     """Train the base and every expert and save them as ``out/base`` and ``out/<domain>``.
 
     Returns:
         The parameters of one model.
     """
-    tokenizer = train_tokenizer(recipe.vocab_size, max_chars=recipe.tokenizer_chars)
+    tokenizer = train_tokenizer(plan.vocab_size, max_chars=plan.tokenizer_chars)
     rows = {
         name: domain_rows(
             tokenizer,
             name,
             "train",
-            count=recipe.train_rows,
-            length=recipe.row_length,
-            seed=recipe.seed,
+            count=plan.train_rows,
+            length=plan.row_length,
+            seed=plan.seed,
         )
         for name in DOMAINS
     }
-    base = new_model(recipe, tokenizer)
+    base = new_model(plan, tokenizer)
     with one_thread():
         train(
             base,
-            [rows[name] for name in recipe.base_mix],
-            steps=recipe.base_steps,
-            lr=recipe.base_lr,
-            batch_size=recipe.batch_size,
-            seed=f"base:{recipe.seed}",
+            [rows[name] for name in plan.base_mix],
+            steps=plan.base_steps,
+            lr=plan.base_lr,
+            batch_size=plan.batch_size,
+            seed=f"base:{plan.seed}",
             progress=lambda done: progress("base", done),
         )
         _save(base, tokenizer, out / "base")
 
     def expert_mix(name: str) -> list[list[Row]]:
-        if not recipe.replay:
+        if not plan.replay:
             return [rows[name]]
         everything = [row for other in DOMAINS for row in rows[other]]
-        return [*[rows[name]] * (recipe.replay - 1), everything]
+        return [*[rows[name]] * (plan.replay - 1), everything]
 
     def expert(name: str) -> None:
         torch.set_num_threads(1)  # OpenMP counts its threads per calling thread
@@ -144,10 +146,10 @@ def train_all(recipe: Recipe, out: Path, progress: Progress = lambda name, fract
         train(
             model,
             expert_mix(name),
-            steps=recipe.expert_steps,
-            lr=recipe.expert_lr,
-            batch_size=recipe.batch_size,
-            seed=f"{name}:{recipe.seed}",
+            steps=plan.expert_steps,
+            lr=plan.expert_lr,
+            batch_size=plan.batch_size,
+            seed=f"{name}:{plan.seed}",
             progress=lambda done: progress(name, done),
         )
         _save(model, tokenizer, out / name)

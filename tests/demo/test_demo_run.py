@@ -2,19 +2,15 @@
 
 import io
 import json
-import logging
-import sys
 
 import pytest
 from rich.console import Console
 
 from epmq_gptq.demo import DemoOptions, run_demo
-from epmq_gptq.demo.quiet import quiet_host
 from epmq_gptq.errors import EPMQInputError
 
 
 def test_quick_demo(tmp_path, monkeypatch):
-    pytest.importorskip("epmq_gptq.host")
     monkeypatch.chdir(tmp_path)
     options = DemoOptions(
         out=tmp_path / "out" / "quantized",
@@ -39,13 +35,3 @@ def test_quick_demo(tmp_path, monkeypatch):
 
     with pytest.raises(EPMQInputError, match="not empty"):
         run_demo(options, Console(file=screen))
-
-
-def test_quiet_host_restores_everything(tmp_path, capsys):
-    log = logging.getLogger("tokenicer")
-    before = (sys.stdout, log.level)
-    with pytest.raises(RuntimeError), quiet_host(tmp_path) as printed:
-        sys.stdout.write("noise")
-        raise RuntimeError
-    assert printed.getvalue().endswith("noise") and (sys.stdout, log.level) == before
-    assert capsys.readouterr().out == ""

@@ -8,7 +8,7 @@ import torch
 
 from epmq_gptq.demo.cache import cache_folder, cache_key, trained_models
 from epmq_gptq.demo.domains import DOMAINS
-from epmq_gptq.demo.recipe import FULL, QUICK
+from epmq_gptq.demo.plan import FULL, QUICK
 from epmq_gptq.demo.rows import domain_rows, train_tokenizer
 from epmq_gptq.demo.training import new_model, train
 
@@ -34,9 +34,9 @@ def test_the_loss_decreases(one_thread):
 
 def test_full_models_are_servable():
     # vLLM's attention takes heads of 32, 64, 128; quantization groups must divide every width.
-    for recipe in (FULL, QUICK):
-        assert recipe.hidden_size // recipe.heads in (32, 64, 128)
-        assert recipe.hidden_size % 32 == recipe.intermediate_size % 32 == 0
+    for plan in (FULL, QUICK):
+        assert plan.hidden_size // plan.heads in (32, 64, 128)
+        assert plan.hidden_size % 32 == plan.intermediate_size % 32 == 0
 
 
 def test_models_are_trained_once(tmp_path, one_thread):
@@ -52,14 +52,14 @@ def test_models_are_trained_once(tmp_path, one_thread):
     assert again.parameters == first.parameters > 0
 
 
-def stub(recipe, out, progress):
+def stub(plan, out, progress):
     for name in ("base", *DOMAINS):
         (out / name).mkdir()
     return 7
 
 
 def test_a_training_that_dies_leaves_nothing(tmp_path):
-    def dies(recipe, out, progress):
+    def dies(plan, out, progress):
         (out / "base").mkdir()
         raise KeyboardInterrupt
 
@@ -70,9 +70,9 @@ def test_a_training_that_dies_leaves_nothing(tmp_path):
 
 
 def test_of_two_at_once_the_first_wins(tmp_path):
-    def overtaken(recipe, out, progress):
+    def overtaken(plan, out, progress):
         trained_models(TINY, tmp_path, train=stub)  # another process gets there first
-        stub(recipe, out, progress)
+        stub(plan, out, progress)
         return 8
 
     models = trained_models(TINY, tmp_path, train=overtaken)
@@ -83,8 +83,8 @@ def test_of_two_at_once_the_first_wins(tmp_path):
 def test_retrain_replaces(tmp_path):
     trained_models(TINY, tmp_path, train=stub)
 
-    def other(recipe, out, progress):
-        stub(recipe, out, progress)
+    def other(plan, out, progress):
+        stub(plan, out, progress)
         return 9
 
     assert trained_models(TINY, tmp_path, train=other).parameters == 7

@@ -9,7 +9,7 @@ TRAINING_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingPlan:
     """Everything that decides the demo's models, and so the key of their cache."""
 
     seed: int = 0
@@ -37,10 +37,10 @@ class Recipe:
     train_rows: int = 3000
 
 
-FULL = Recipe()
+FULL = TrainingPlan()
 
 # Two seconds of training: it learns little, it only walks the whole way.
-QUICK = Recipe(
+QUICK = TrainingPlan(
     hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, row_length=64,
     batch_size=8, base_steps=30, expert_steps=15, tokenizer_chars=1000, train_rows=400,
 )  # fmt: skip
