@@ -44,6 +44,11 @@ def save_whole(
     """
     if not model.quantized:
         raise EPMQInputError("`save` before `quantize`: there is nothing quantized to save yet.")
+    if options.get("split_by") is not None:
+        raise EPMQInputError(
+            "`split_by` makes a folder per layer, which serving engines do not load; use "
+            "`max_shard_size`."
+        )
     merged = Path(str(model.model_local_path))
     sources = {"merged model": merged} | {
         f"expert `{name}`": Path(path)

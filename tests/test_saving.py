@@ -121,6 +121,18 @@ def test_outputs_that_would_destroy_something_are_refused(model, family, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+def test_a_sharded_save_is_verified_and_loads(model, tmp_path):
+    model.save(str(tmp_path / "out"), max_shard_size="64KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    loaded = GPTQModel.load(
+        str(tmp_path / "out"), device="cpu", dtype=torch.float16, backend="gptq_torch"
+    )
+    assert loaded.model.model.layers[0].mlp.up_proj.qweight.shape == (64 * 4 // 32, 128)
+    with pytest.raises(EPMQInputError, match="`split_by` makes a folder per layer"):
+        model.save(str(tmp_path / "other"), split_by="layer")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_save_that_fails_leaves_nothing_and_can_be_repeated(model, tmp_path, monkeypatch):
     from gptqmodel.models import writer
 
