@@ -130,12 +130,8 @@ def quantize_with_experts(
     calibration,
     batch_size: int,
     calibration_sort: str | None = None,
-    calibration_concat_size: int | None = None,
     backend=None,
-    adapter_calibration_dataset=None,
-    calibration_concat_separator=None,
-    embed_quant_config=None,
-    checkpoint=None,
+    **host_options,
 ) -> dict[str, Any]:
     """Run E-PMQ (Algorithm 1) in the host's layer loop.
 
@@ -146,21 +142,7 @@ def quantize_with_experts(
         also left in ``model.epmq_report``.
     """
     config: EPMQConfig = model.quantize_config
-    for option, value, remedy in (
-        ("calibration_concat_size", calibration_concat_size, "concatenate an expert's rows first"),
-        ("calibration_concat_separator", calibration_concat_separator, "leave it out"),
-        ("adapter_calibration_dataset", adapter_calibration_dataset, "leave it out"),
-        ("embed_quant_config", embed_quant_config, "quantize embeddings in a later run"),
-        ("checkpoint", checkpoint, "resuming is not supported yet"),
-    ):
-        if value is not None:
-            raise EPMQInputError(f"`{option}` cannot be used with EPMQConfig: {remedy}.")
-    if calibration_sort not in (None, "asc", "desc"):
-        raise EPMQInputError(
-            '`calibration_sort` should be "asc", "desc" or None with EPMQConfig (rows are sorted '
-            f"within each expert), got {calibration_sort!r}."
-        )
-
+    _check_host_options(calibration_sort, host_options)
     # Opened now, though only its digest is wanted at the end: what cannot be described is refused
     # before the work, not after it.
     merged = Checkpoint(str(model.model_local_path), what="the merged model")
@@ -195,19 +177,8 @@ def quantize_with_experts(
         batch_size=batch_size,
     )
     start = time.perf_counter()
-    options = {}
-    if "disk_write_expected" in inspect.signature(ModuleLooper.__init__).parameters:
-        options["disk_write_expected"] = bool(config.offload_to_disk)
-    looper = ModuleLooper(model, processors=[processor], **options)
-    processor.stop_loop = looper._request_loop_stop
     try:
-        log = looper.loop(backend=backend, fallback=config.fallback)
-        if processor.failure is not None:
-            raise processor.failure
-    except BaseException:
-        # Half of the layers may be packed: this object is neither the merge nor a result.
-        model.quantized = False
-        raise
+        log = _loop(model, processor, backend)
     finally:
         experts.close()
     order = {linear.name: index for index, linear in enumerate(linears)}
@@ -223,6 +194,46 @@ def quantize_with_experts(
     config.meta["epmq"] = report.provenance
     model.epmq_report = report
     return {**log, "epmq": report}
+
+
+# Options of the host's quantize() that cannot go with experts, and what to do instead.
+_REFUSED_OPTIONS = {
+    "calibration_concat_size": "concatenate an expert's rows first",
+    "calibration_concat_separator": "leave it out",
+    "adapter_calibration_dataset": "leave it out",
+    "embed_quant_config": "quantize embeddings in a later run",
+    "checkpoint": "resuming is not supported yet",
+}
+
+
+def _check_host_options(calibration_sort: str | None, host_options: dict[str, Any]) -> None:
+    for option, value in host_options.items():
+        if value is not None:
+            remedy = _REFUSED_OPTIONS.get(option, "leave it out")
+            raise EPMQInputError(f"`{option}` cannot be used with EPMQConfig: {remedy}.")
+    if calibration_sort not in (None, "asc", "desc"):
+        raise EPMQInputError(
+            '`calibration_sort` should be "asc", "desc" or None with EPMQConfig (rows are sorted '
+            f"within each expert), got {calibration_sort!r}."
+        )
+
+
+def _loop(model: BaseQModel, processor: EPMQProcessor, backend) -> dict[str, Any]:
+    config = model.quantize_config
+    options = {}
+    if "disk_write_expected" in inspect.signature(ModuleLooper.__init__).parameters:  # 7.7
+        options["disk_write_expected"] = bool(config.offload_to_disk)
+    looper = ModuleLooper(model, processors=[processor], **options)
+    processor.stop_loop = looper._request_loop_stop
+    try:
+        log = looper.loop(backend=backend, fallback=config.fallback)
+        if processor.failure is not None:
+            raise processor.failure
+    except BaseException:
+        # Half of the layers may be packed: this object is neither the merge nor a result.
+        model.quantized = False
+        raise
+    return log
 
 
 def quantizable_linears(model: BaseQModel) -> Iterator[Linear]:

@@ -1,0 +1,138 @@
+"""One linear layer: GPTQModel's GPTQ, given W* as its weight and H_E as its Hessian.
+
+``EPMQ.quantize`` is the host's own rounding; what is added is that nothing goes wrong quietly.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from gptqmodel.looper.named_module import NamedModule
+from gptqmodel.quantization.config import FallbackStrategy
+from gptqmodel.quantization.gptq import GPTQ
+
+from .errors import EPMQNumericalError
+from .experts import check_finite
+from .report import ModuleReport
+
+
+class EPMQ(GPTQ):
+    """One linear layer: the host's GPTQ, rounding W* with curvature H_E.
+
+    It counts nothing itself; :class:`EPMQProcessor` hands it the statistics of its input.
+    """
+
+    def __init__(self, module: NamedModule, qcfg, region_timer=None):
+        super().__init__(module=module, qcfg=qcfg, region_timer=region_timer)
+        self.full_name: str = module.full_name
+        self.alpha: float = qcfg.alpha_for(module.full_name)
+        # The host's fallback rounds W_m to nearest and says so in a log line at most. What cannot
+        # be done as asked is decided here, by `on_bad_module`.
+        self.routed_threshold = qcfg.fallback
+        self.fallback = None
+        self.bad: EPMQNumericalError | None = None  # why this layer cannot be rounded as asked
+        self.failure: EPMQNumericalError | None = None  # why the run must stop
+        self.report: ModuleReport | None = None
+
+    def merged_weight(self, device: torch.device) -> torch.Tensor:
+        """``W_m: (out, in)`` fp32 on ``device``, a copy."""
+        return self.clone_module(device=device)
+
+    def expect(self, **numbers) -> None:
+        """Start the report of this layer."""
+        self.report = ModuleReport(
+            module=self.full_name,
+            bits=int(self.qcfg.bits),
+            group_size=int(self.qcfg.group_size),
+            alpha=self.alpha,
+            **numbers,
+        )
+
+    def aim(self, W_target: torch.Tensor, H_E: torch.Tensor, tokens: int) -> None:
+        """Set what is rounded: ``W_target: (out, d)`` with curvature ``H_E: (d, d)`` (copied)."""
+        # The host normalises its Hessian by 2/n and reports a loss per token.
+        self.H = H_E * (2.0 / tokens)
+        self.module_copy = W_target
+        self.nsamples = tokens
+        self._hessian_dirty = False
+
+    def hessian_inverse(self, H: torch.Tensor):
+        """The host's factor, without its silent repairs of the diagonal.
+
+        Raises:
+            EPMQNumericalError: ``H`` is not positive definite as it stands.
+        """
+        diagonal = H.diagonal().clone()
+        factor, damp = super().hessian_inverse(H)
+        if (
+            factor is None
+            or damp != self.qcfg.damp_percent
+            or not torch.equal(diagonal, H.diagonal())
+        ):
+            raise self.not_positive_definite()
+        return factor, damp
+
+    def not_positive_definite(self) -> EPMQNumericalError:
+        return EPMQNumericalError(
+            f"`{self.full_name}`: the curvature H + λI is not positive definite in fp32 at alpha="
+            f"{self.alpha:g}; raise `alpha` (for this layer: `alpha_pattern`) or give more "
+            "calibration rows.",
+            module=self.full_name,
+        )
+
+    @torch.inference_mode()
+    def quantize(self, blocksize=128):
+        """Round as the host does; returns the host's eight values. Never raises for bad numbers:
+
+        it runs on one of the host's worker threads, where an exception ends the whole process.
+        What went wrong is left in ``failure``, or under ``on_bad_module="rtn"`` in ``report``.
+        """
+        start = time.perf_counter()
+        if self.bad is None:
+            try:
+                result = self._round(blocksize)
+            except EPMQNumericalError as error:
+                self.bad = error
+        if self.bad is not None:
+            # Under "raise" too: it lets the host finish the layer until its main thread stops.
+            result = self._round_to_nearest(blocksize)
+            self.report.target, self.report.reason = "rtn", str(self.bad)
+            if self.qcfg.on_bad_module == "raise":
+                self.failure = self.bad
+        self.report.seconds += time.perf_counter() - start
+        return result
+
+    def _round(self, blocksize: int):
+        tokens = self.nsamples
+        try:
+            result = super().quantize(blocksize=blocksize)
+        except ValueError as error:
+            # With no fallback the host raises at a loss that is not a number.
+            raise EPMQNumericalError(
+                f"`{self.full_name}`: rounding gave a loss that is not a number ({error}).",
+                module=self.full_name,
+            ) from error
+        Q, scale, _, _, _, loss, _, _ = result
+        # Scales are stored in half precision: what overflows there is lost on disk.
+        check_finite(scale.to(torch.float16), f"`{self.full_name}`: scales", module=self.full_name)
+        check_finite(Q, f"`{self.full_name}`: rounded weight", module=self.full_name)
+        # Σ Losses is ½ tr[(Q − W*) (2/n) H_E (Q − W*)ᵀ], and the host divides it by n once more.
+        self.report.loss = float(loss)
+        self.report.excess = float(loss) * tokens * tokens
+        return result
+
+    def _round_to_nearest(self, blocksize: int):
+        self.H = None
+        self.module_copy = None
+        device = torch.device(self.module.weight.device)
+        result = self._fallback_quantize(FallbackStrategy.RTN, blocksize, target_device=device)
+        try:
+            self._check_scales(result[1])
+        except EPMQNumericalError as error:
+            self.failure = error
+        return result
+
+    def _check_scales(self, scale: torch.Tensor) -> None:
+        # Scales are stored in half precision: what overflows there is lost on disk.
+        check_finite(scale.to(torch.float16), f"`{self.full_name}`: scales", module=self.full_name)
