@@ -6,6 +6,7 @@ every expert's rows are prepared apart and the batches carry the expert's name.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,12 +28,14 @@ class CalibrationPlan:
         experts: the expert of each batch.
         rows: calibration rows per expert.
         tokens: calibration tokens per expert, padding left out.
+        cut: rows per expert that were longer than the model's context and were cut to it.
     """
 
     batches: list[dict[str, torch.Tensor]] = field(default_factory=list)
     experts: list[str] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(self.rows.values())
@@ -45,6 +48,8 @@ def plan_calibration(
     *,
     batch_size: int,
     pad: bool = True,
+    context: int | None = None,
+    keep_end: bool = False,
 ) -> CalibrationPlan:
     """Batch every expert's rows apart, experts in the given order.
 
@@ -56,6 +61,8 @@ def plan_calibration(
         batch_size: rows per batch.
         pad: whether rows of different lengths may share a batch. Without, only rows of one length
             do: routed modules see no attention mask, so a padding token would count as data there.
+        context: the most tokens the model takes; longer rows are cut, with a warning.
+        keep_end: cut the beginning of a row instead of its end (for padding on the left).
 
     Raises:
         EPMQInputError: the names are not those of the experts, or an expert has no usable row.
@@ -86,6 +93,8 @@ def plan_calibration(
             raise
         except (ValueError, TypeError, KeyError) as error:
             raise EPMQInputError(f"calibration of expert `{name}`: {error}") from error
+        if context is not None:
+            plan.cut[name] = sum(_cut(batch, context, keep_end) for batch in batches)
         if not pad:
             batches = list(_equal_lengths(batches, batch_size))
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
@@ -94,6 +103,12 @@ def plan_calibration(
             raise EPMQInputError(
                 f"calibration of expert `{name}`: {len(rows)} rows gave {kept} usable ones with "
                 f"{tokens} tokens; every row must hold at least one token."
+            )
+        if plan.cut.get(name):
+            warnings.warn(
+                f"calibration of expert `{name}`: {plan.cut[name]} of {kept} rows were cut to the "
+                f"model's {context} tokens.",
+                stacklevel=2,
             )
         plan.batches += batches
         plan.experts += [name] * len(batches)
@@ -112,6 +127,16 @@ def _rows(rows: Any, name: str) -> list:
             f"calibration of expert `{name}` is empty; give rows of that expert's own task."
         )
     return rows
+
+
+def _cut(batch: dict[str, torch.Tensor], context: int, keep_end: bool) -> int:
+    """Cut a batch to ``context`` tokens in place; returns how many of its rows were longer."""
+    if batch["input_ids"].shape[1] <= context:
+        return 0
+    longer = int((batch["attention_mask"].sum(1) > context).sum())
+    for key, tensor in batch.items():
+        batch[key] = tensor[:, -context:] if keep_end else tensor[:, :context]
+    return longer
 
 
 def _equal_lengths(

@@ -77,6 +77,9 @@ class EPMQConfig(GPTQConfig):
             the run; ``"rtn"`` rounds that module's merged weight to nearest and records it.
             Non-finite *merged* weights always stop the run.
 
+    In a mixture of experts, a routed module that fewer tokens reach than ``fallback.threshold``
+    (the host's, 0.5 % of all tokens) keeps the merged weight as its target.
+
     ``damp_percent`` is not an option here: the anchor is the damping. The host's other fields keep
     their names and defaults (``sym=True, desc_act=False``: what vLLM serves); ``group_size=-1``
     turns ``act_group_aware`` off, which it rules out.

@@ -91,10 +91,12 @@ class Experts:
         for name, checkpoint in self._checkpoints.items():
             config = checkpoint.config()
             for key in _STRUCTURE:
-                if key in config and key in merged_config and config[key] != merged_config[key]:
+                # Older files leave out or null what newer ones spell out.
+                mine, theirs = config.get(key), merged_config.get(key)
+                if None not in (mine, theirs) and mine != theirs:
                     raise EPMQInputError(
-                        f"expert `{name}`: `{key}` is {config[key]!r}, the merged model has "
-                        f"{merged_config[key]!r}; an expert must be a fine-tune of the same "
+                        f"expert `{name}`: `{key}` is {mine!r}, the merged model has "
+                        f"{theirs!r}; an expert must be a fine-tune of the same "
                         "network."
                     )
 
@@ -132,16 +134,19 @@ class Experts:
                 )
 
     def read(self, expert: str, module: str) -> torch.Tensor:
-        """One expert's weight of one linear layer, as stored, on the CPU.
-
-        Raises:
-            EPMQNumericalError: it holds a NaN or an infinity.
-        """
-        tensor = self._tensors[f"{expert}\0{module}"]
+        """One expert's weight of one linear layer, as stored, on the CPU, unchecked."""
         with self._lock:
-            W = self._checkpoints[expert].read(tensor)
-        check_finite(W, f"expert `{expert}`: tensor `{tensor}`", module=module, expert=expert)
-        return W
+            return self._checkpoints[expert].read(self._tensors[f"{expert}\0{module}"])
+
+    def check(self, expert: str, module: str) -> None:
+        """Raise :class:`EPMQNumericalError` if that weight holds a NaN or an infinity."""
+        tensor = self._tensors[f"{expert}\0{module}"]
+        check_finite(
+            self.read(expert, module),
+            f"expert `{expert}`: tensor `{tensor}`",
+            module=module,
+            expert=expert,
+        )
 
     def close(self) -> None:
         """Release the memory-mapped shards."""

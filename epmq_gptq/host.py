@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -152,9 +153,14 @@ def quantize_with_experts(
     _check_linears(linears, model, config)
     experts.bind(linears)
 
+    # Without the model's configuration: the host would cut long rows and say so nowhere.
+    reader = SimpleNamespace(
+        tokenizer=model.tokenizer, support_batch_quantize=model.support_batch_quantize
+    )
+
     def prepare(rows: list, rows_per_batch: int):
         return prepare_calibration_dataset(
-            model,
+            reader,
             calibration_dataset=rows,
             calibration_dataset_sort=calibration_sort,
             batch_size=rows_per_batch,
@@ -167,6 +173,8 @@ def quantize_with_experts(
         prepare,
         batch_size=batch_size,
         pad=model.dynamic_expert_index is None,
+        context=context_length(model.model.config),
+        keep_end=getattr(model.tokenizer, "padding_side", "right") == "left",
     )
     processor = EPMQProcessor(
         plan=plan,
@@ -234,6 +242,13 @@ def _loop(model: BaseQModel, processor: EPMQProcessor, backend) -> dict[str, Any
         model.quantized = False
         raise
     return log
+
+
+def context_length(config) -> int | None:
+    """The most tokens a model takes at once, where its configuration says so."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def quantizable_linears(model: BaseQModel) -> Iterator[Linear]:

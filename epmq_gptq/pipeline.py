@@ -79,10 +79,12 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
         }
         reporter.step("rows", _described_rows(sets))
         config = recipe.config()
+        from .host import context_length
+
         with _merged_folder(recipe, out, options, device, reporter) as merged:
             reporter.step("load", f"{merged.name} on {device}")
             model = _load(merged, config, recipe, device)
-            limit = _context(model)
+            limit = context_length(model.model.config)
             rows = {
                 name: fit_rows(each, model.tokenizer, expert=name, limit=limit)
                 for name, each in sets.items()
@@ -261,13 +263,6 @@ def _load(merged: Path, config, recipe: Recipe, device: str):
         raise EPMQInputError(
             f"GPTQModel cannot load `{merged.name}` with these options: {error}"
         ) from error
-
-
-def _context(model) -> int | None:
-    config = model.model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _quantize(

@@ -45,6 +45,24 @@ def test_batches_never_mix_experts_and_no_row_is_lost(batch_size, pad):
     assert len(plan) == 8
 
 
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_rows_longer_than_the_context_are_cut_and_counted_aloud(keep_end):
+    rows = {"a": [list(range(1, 10)), [7] * 5, list(range(1, 8))]}
+
+    def padded(given, batch_size):
+        batches = prepare(given, batch_size)
+        if not keep_end:
+            return batches
+        return [{key: tensor.flip(1) for key, tensor in batch.items()} for batch in batches]
+
+    with pytest.warns(UserWarning, match=r"expert `a`: 2 of 3 rows were cut to the model's 6"):
+        plan = plan_calibration(rows, ["a"], padded, batch_size=2, context=6, keep_end=keep_end)
+    assert plan.cut == {"a": 2} and plan.tokens == {"a": 6 + 6 + 5}
+    assert all(batch["input_ids"].shape[1] <= 6 for batch in plan.batches)
+    longest = plan.batches[0]["input_ids"][0].tolist()
+    assert longest == ([6, 5, 4, 3, 2, 1] if keep_end else [1, 2, 3, 4, 5, 6])
+
+
 def test_generators_are_read_once():
     plan = plan_calibration({"a": (row for row in ROWS["a"])}, ["a"], prepare, batch_size=2)
     assert plan.rows == {"a": 3}

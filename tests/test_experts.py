@@ -59,7 +59,7 @@ def test_the_first_bad_index_is_named(tmp_path, value):
     with pytest.raises(
         EPMQNumericalError, match=r"expert `x`: tensor `layer.proj.weight` holds 2 .* \(1, 1\)"
     ):
-        experts.read("x", "layer.proj")
+        experts.check("x", "layer.proj")
 
 
 def test_large_finite_values_are_fine():

@@ -51,8 +51,8 @@ def family(model, tmp_path):
     return tiny.family(tmp_path, experts=2, model=model)
 
 
-def quantize(merged, experts, rows, **options):
-    config = EPMQConfig(bits=4, group_size=32, experts=experts, alpha=0.1)
+def quantize(merged, experts, rows, bits=4, **options):
+    config = EPMQConfig(bits=bits, group_size=32, experts=experts, alpha=0.1)
     model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
     return model, model.quantize(rows, **options)["epmq"]
 
@@ -60,8 +60,12 @@ def quantize(merged, experts, rows, **options):
 @pytest.mark.parametrize("build", [mixtral, qwen2_moe])
 def test_routed_modules_are_quantized_towards_the_experts(build, tmp_path):
     merged, experts = family(build(), tmp_path)
-    rows = {name: tiny.rows(6, 40, seed=index) for index, name in enumerate(experts)}
-    model, report = quantize(merged, experts, rows, batch_size=4)
+    # Of two lengths: no padding token may be counted where no attention mask reaches.
+    rows = {
+        name: tiny.rows(3, 40, seed=index) + tiny.rows(4, 25, seed=9 + index)
+        for index, name in enumerate(experts)
+    }
+    model, report = quantize(merged, experts, rows, bits=8, batch_size=4)
     routed = [m for m in report.modules if ".experts." in m.module]
     assert len(routed) == 4 * 3
     total = sum(report.tokens.values())
@@ -69,7 +73,7 @@ def test_routed_modules_are_quantized_towards_the_experts(build, tmp_path):
         counted = [sum(m.tokens.values()) for m in routed if m.module.endswith(name)]
         assert sum(counted) == 2 * total  # two routed modules per token
     with_tokens = [m for m in routed if m.target == "experts"]
-    assert with_tokens and all(m.excess < m.merge_excess for m in with_tokens)
+    assert with_tokens and all(m.excess < 0.1 * m.merge_excess for m in with_tokens)
     model.save(str(tmp_path / "out"))
     loaded = GPTQModel.load(
         str(tmp_path / "out"), device="cpu", dtype=torch.float16, backend="gptq_torch"

@@ -35,6 +35,10 @@ class Demo:
             raise EPMQInputError(
                 f"`out`: `{out.name}` is not empty; choose another folder or pass `overwrite`."
             )
+        if options.awq and options.quick:
+            raise EPMQInputError(
+                "`awq` cannot go with `quick`: GPTQModel's AWQ wants layers of at least 64 outputs."
+            )
         self.options, self.out, self.console = options, out, console
         self.cache = Path(options.cache or cache_folder()).expanduser().absolute()
         self.result = DemoResult(

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -35,3 +36,5 @@ def test_quick_demo(tmp_path, monkeypatch):
 
     with pytest.raises(EPMQInputError, match="not empty"):
         run_demo(options, Console(file=screen))
+    with pytest.raises(EPMQInputError, match="`awq` cannot go with `quick`"):
+        run_demo(replace(options, out=tmp_path / "other", awq=True), Console(file=screen))
