@@ -263,6 +263,11 @@ class EPMQProcessor(GPTQProcessor):
                 self._keep_merged(task, "no calibration token was routed here")
                 task.aim(merged[task], H, tokens=1)
             return
+        if not bool(H.diagonal().any()):
+            # Also where no token came at all: λ is 0 too, so nothing says how to round.
+            for task in tasks:
+                self._mark_bad(task, task.no_input(statistics.total_tokens))
+            return
         cohorts: dict[float, list[EPMQ]] = {}
         for task in tasks:
             cohorts.setdefault(task.alpha, []).append(task)

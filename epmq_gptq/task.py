@@ -74,10 +74,19 @@ class EPMQ(GPTQ):
         return factor, damp
 
     def not_positive_definite(self) -> EPMQNumericalError:
+        """The error for a curvature that cannot be factorised as it stands."""
         return EPMQNumericalError(
             f"`{self.full_name}`: the curvature H + λI is not positive definite in fp32 at alpha="
             f"{self.alpha:g}; raise `alpha` (for this layer: `alpha_pattern`) or give more "
             "calibration rows.",
+            module=self.full_name,
+        )
+
+    def no_input(self, tokens: int) -> EPMQNumericalError:
+        """The error for a layer whose calibration inputs are all zero, or none."""
+        return EPMQNumericalError(
+            f"`{self.full_name}`: every input is zero over {tokens} calibration tokens; check the "
+            "merged weights before it (a norm of zeros?), or leave the layer out with `dynamic`.",
             module=self.full_name,
         )
 

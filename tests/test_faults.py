@@ -112,7 +112,7 @@ def test_scales_that_overflow_half_precision_stop_the_run(family):
 def test_an_input_that_is_always_zero_stops_the_run(family):
     merged, experts, rows = family
     poison(merged, "model.layers.1.post_attention_layernorm.weight", slice(None), 0.0)
-    with pytest.raises(EPMQNumericalError, match=r"layers.1.mlp.gate_proj.*not positive definite"):
+    with pytest.raises(EPMQNumericalError, match=r"layers.1.mlp.gate_proj.*every input is zero"):
         load(merged, experts).quantize(rows)
     report = load(merged, experts, on_bad_module="rtn").quantize(rows)["epmq"]
     assert {m.module.split(".", 3)[3] for m in report.exceptions} == {
@@ -210,3 +210,14 @@ def test_options_that_would_mix_experts_are_refused(untouched, options, name):
     merged, experts, rows = untouched
     with pytest.raises(EPMQInputError, match=f"`{name}`"):
         load(merged, experts).quantize(rows, **options)
+
+
+def test_a_curvature_that_needs_damping_is_not_damped_behind_your_back(family):
+    """Too small an anchor: the host would raise its damping, or round to nearest, in silence."""
+    merged, experts, _ = family
+    few = {name: tiny.rows(1, 12, seed=0) for name in experts}
+    with pytest.raises(EPMQNumericalError, match=r"q_proj.*not positive definite.*raise `alpha`"):
+        load(merged, experts, alpha=1e-13).quantize(few)
+    report = load(merged, experts, alpha=1e-13, on_bad_module="rtn").quantize(few)["epmq"]
+    assert {m.target for m in report.modules} == {"rtn"}
+    assert all("not positive definite" in m.reason for m in report.modules)
