@@ -25,37 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import tiny
 import torch
-from gptqmodel import GPTQModel
 from gptqmodel.quantization.config import GPTQConfig
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from epmq_gptq import EPMQConfig
 
 ALPHA = 0.05  # also GPTQ's damping, so that both solve equally conditioned systems
 
 
-def model(width: int, layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tiny.VOCABULARY,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-
-
 def quantize(merged: Path, config, rows) -> tuple[float, dict[str, float]]:
     """Seconds of ``quantize()`` alone (loading is the same for both), and the loss per layer."""
-    loaded = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    loaded = tiny.load(merged, config)
     start = time.perf_counter()
     log = loaded.quantize(rows, batch_size=8)["gptq"]
     seconds = time.perf_counter() - start
@@ -92,9 +71,15 @@ def main() -> None:
     count = options.tokens // length // options.experts
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        merged, experts = tiny.family(
-            folder, options.experts, model=model(options.width, options.layers)
+        llama = tiny.llama(
+            options.layers,
+            options.width,
+            intermediate_size=4 * options.width,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
         )
+        merged, experts = tiny.family(folder, options.experts, model=llama)
         rows = {name: tiny.rows(count, length, seed=i) for i, name in enumerate(experts)}
         pooled = [row for expert_rows in rows.values() for row in expert_rows]
         parity(merged, pooled[:8])

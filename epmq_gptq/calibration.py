@@ -67,23 +67,7 @@ def plan_calibration(
     Raises:
         EPMQInputError: the names are not those of the experts, or an expert has no usable row.
     """
-    if not isinstance(calibration, Mapping):
-        raise EPMQInputError(
-            "`calibration` should map every expert's name to its rows "
-            f'(`model.quantize({{"{experts[0]}": rows, …}})`), got {type(calibration).__name__}.'
-        )
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise EPMQInputError(f"`batch_size` should be a positive integer, got {batch_size!r}.")
-    missing = [name for name in experts if name not in calibration]
-    unknown = [name for name in calibration if name not in experts]
-    if missing or unknown:
-        raise EPMQInputError(
-            "`calibration` and `experts` must name the same experts: calibration has "
-            f"{sorted(calibration)}, experts has {sorted(experts)}"
-            + (f"; without rows: {missing}" if missing else "")
-            + (f"; unknown: {unknown}" if unknown else "")
-            + "."
-        )
+    _check_plan(calibration, experts, batch_size)
     plan = CalibrationPlan()
     for name in experts:
         rows = _rows(calibration[name], name)
@@ -114,6 +98,26 @@ def plan_calibration(
         plan.experts += [name] * len(batches)
         plan.rows[name], plan.tokens[name] = kept, tokens
     return plan
+
+
+def _check_plan(calibration: Any, experts: Sequence[str], batch_size: Any) -> None:
+    if not isinstance(calibration, Mapping):
+        raise EPMQInputError(
+            "`calibration` should map every expert's name to its rows "
+            f'(`model.quantize({{"{experts[0]}": rows, …}})`), got {type(calibration).__name__}.'
+        )
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise EPMQInputError(f"`batch_size` should be a positive integer, got {batch_size!r}.")
+    missing = [name for name in experts if name not in calibration]
+    unknown = [name for name in calibration if name not in experts]
+    if missing or unknown:
+        raise EPMQInputError(
+            "`calibration` and `experts` must name the same experts: calibration has "
+            f"{sorted(calibration)}, experts has {sorted(experts)}"
+            + (f"; without rows: {missing}" if missing else "")
+            + (f"; unknown: {unknown}" if unknown else "")
+            + "."
+        )
 
 
 def _rows(rows: Any, name: str) -> list:

@@ -6,6 +6,7 @@ refuses what could make it read outside its folder, and every pickle format.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -133,6 +134,29 @@ def describe_source(path: Path) -> Source:
     return Source(str(path), folder.name, None, folder)
 
 
+def lies_inside(folder: Path, file: Path) -> bool:
+    """Whether a checkpoint's file is really in it, wherever links lead.
+
+    A checkpoint is data from a stranger: a link in it must not make us read another file of this
+    disk. The hub's cache links into the blob store of the same repository; that counts as inside.
+    """
+    folder, target = folder.resolve(), file.resolve()
+    in_cache = folder.parent.name == "snapshots"
+    return target.parent == folder or (
+        in_cache and target.is_relative_to(folder.parent.parent / "blobs")
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(file: Path, size: int, changed_ns: int, inode: int) -> str:
+    # A merge and the quantization after it describe the same experts: tens of gigabytes.
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 class Checkpoint:
     """One safetensors folder, single file or sharded, read lazily.
 
@@ -189,19 +213,13 @@ class Checkpoint:
         return shards
 
     def _check_shard_name(self, shard: str) -> None:
-        # An index is data from a stranger: a shard may only be a plain file of this folder, or a
-        # link into the blob store of the same hub repository.
+        # An index is data from a stranger: a shard may only be a plain file of this folder.
         if shard != Path(shard).name or not shard.endswith(".safetensors"):
             raise EPMQInputError(f"{self.what}: shard path `{shard}` escapes the checkpoint.")
         file = self.path / shard
         if not file.is_file():
             raise EPMQInputError(f"{self.what}: shard `{shard}` is missing.")
-        target = file.resolve()
-        folder = self.path.resolve()
-        blobs = folder.parent.parent / "blobs"
-        if target.parent != folder and not (
-            folder.parent.name == "snapshots" and target.is_relative_to(blobs)
-        ):
+        if not lies_inside(self.path, file):
             raise EPMQInputError(f"{self.what}: shard path `{shard}` escapes the checkpoint.")
 
     def _read_header(self, file: str) -> None:
@@ -276,11 +294,10 @@ class Checkpoint:
         """SHA-256 over the shards, in order of their names: what the weights are, bit for bit."""
         total = hashlib.sha256()
         for file in sorted({info.file for info in self._tensors.values()}):
-            shard = hashlib.sha256()
-            with open(self.path / file, "rb") as stream:
-                while block := stream.read(1 << 22):
-                    shard.update(block)
-            total.update(f"{file}:{shard.hexdigest()};".encode())
+            real = (self.path / file).resolve()
+            state = real.stat()
+            shard = _file_digest(real, state.st_size, state.st_mtime_ns, state.st_ino)
+            total.update(f"{file}:{shard};".encode())
         return total.hexdigest()
 
     def close(self) -> None:

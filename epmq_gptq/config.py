@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import json
 import math
@@ -19,6 +18,7 @@ import yaml
 from gptqmodel.quantization.config import GPTQConfig
 
 from .errors import EPMQInputError
+from .options import closest, parse_yaml
 
 CONFIG_VERSION = 1
 
@@ -193,8 +193,8 @@ class EPMQConfig(GPTQConfig):
         known = [option.name for option in dataclasses.fields(cls) if option.init]
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f" Did you mean `{close[0]}`?" if close else ""
+                meant = closest(name, known)
+                hint = f" Did you mean `{meant}`?" if meant else ""
                 raise EPMQInputError(f"`{name}` is not an option of EPMQConfig.{hint}")
         return cls(**options)
 
@@ -214,7 +214,7 @@ class EPMQConfig(GPTQConfig):
     @classmethod
     def from_yaml(cls, text: str | Path) -> EPMQConfig:
         """From YAML text, or from a file where a ``Path`` is given."""
-        return cls.from_options(_parsed(yaml.safe_load, text, "YAML"))
+        return cls.from_options(_parsed(parse_yaml, text, "YAML"))
 
 
 def _check_experts(experts: Any) -> dict[str, str]:
@@ -293,7 +293,7 @@ def _plain(value: Any, option: str) -> Any:
 def _parsed(load, text: str | Path, kind: str) -> Mapping[str, Any]:
     try:
         data = load(text.read_text(encoding="utf-8") if isinstance(text, Path) else text)
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise EPMQInputError(f"the EPMQConfig is not readable as {kind}: {error}.") from error
     if not isinstance(data, Mapping):
         raise EPMQInputError(

@@ -60,7 +60,7 @@ class Experts:
     def __init__(self, sources: Mapping[str, str]):
         self.sources: dict[str, Source] = {}
         self._checkpoints: dict[str, Checkpoint] = {}
-        self._tensors: dict[str, str] = {}  # module -> tensor name, the same in every expert
+        self._tensors: dict[tuple[str, str], str] = {}  # (expert, module) -> tensor name
         # Several devices may fold at once; a memory-mapped shard is read by one thread at a time.
         self._lock = threading.Lock()
         for name, spec in sources.items():
@@ -121,7 +121,7 @@ class Experts:
                     )
                 elif info.torch_dtype is None:
                     problems[name].append(f"`{tensor}` has dtype {info.dtype}, not a floating one")
-                self._tensors[f"{name}\0{linear.name}"] = tensor
+                self._tensors[name, linear.name] = tensor
         for name, found in problems.items():
             if found:
                 more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
@@ -136,11 +136,11 @@ class Experts:
     def read(self, expert: str, module: str) -> torch.Tensor:
         """One expert's weight of one linear layer, as stored, on the CPU, unchecked."""
         with self._lock:
-            return self._checkpoints[expert].read(self._tensors[f"{expert}\0{module}"])
+            return self._checkpoints[expert].read(self._tensors[expert, module])
 
     def check(self, expert: str, module: str) -> None:
         """Raise :class:`EPMQNumericalError` if that weight holds a NaN or an infinity."""
-        tensor = self._tensors[f"{expert}\0{module}"]
+        tensor = self._tensors[expert, module]
         check_finite(
             self.read(expert, module),
             f"expert `{expert}`: tensor `{tensor}`",

@@ -23,7 +23,7 @@ from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
 from gptqmodel.utils.calibration import prepare_calibration_dataset
 from gptqmodel.utils.model import get_layers_with_prefixes
 
-from .calibration import plan_calibration
+from .calibration import CalibrationPlan, plan_calibration
 from .checkpoints import Checkpoint
 from .config import EPMQConfig
 from .errors import EPMQHostError, EPMQInputError
@@ -153,29 +153,7 @@ def quantize_with_experts(
     _check_linears(linears, model, config)
     experts.bind(linears)
 
-    # Without the model's configuration: the host would cut long rows and say so nowhere.
-    reader = SimpleNamespace(
-        tokenizer=model.tokenizer, support_batch_quantize=model.support_batch_quantize
-    )
-
-    def prepare(rows: list, rows_per_batch: int):
-        return prepare_calibration_dataset(
-            reader,
-            calibration_dataset=rows,
-            calibration_dataset_sort=calibration_sort,
-            batch_size=rows_per_batch,
-            calibration_data_min_length=0,
-        )
-
-    plan = plan_calibration(
-        calibration,
-        experts.names,
-        prepare,
-        batch_size=batch_size,
-        pad=model.dynamic_expert_index is None,
-        context=context_length(model.model.config),
-        keep_end=getattr(model.tokenizer, "padding_side", "right") == "left",
-    )
+    plan = _plan(model, experts, calibration, calibration_sort, batch_size)
     processor = EPMQProcessor(
         plan=plan,
         experts=experts,
@@ -202,6 +180,34 @@ def quantize_with_experts(
     config.meta["epmq"] = report.provenance
     model.epmq_report = report
     return {**log, "epmq": report}
+
+
+def _plan(
+    model: BaseQModel, experts: Experts, calibration, sort: str | None, batch_size: int
+) -> CalibrationPlan:
+    # Without the model's configuration: the host would cut long rows and say so nowhere.
+    reader = SimpleNamespace(
+        tokenizer=model.tokenizer, support_batch_quantize=model.support_batch_quantize
+    )
+
+    def prepare(rows: list, rows_per_batch: int):
+        return prepare_calibration_dataset(
+            reader,
+            calibration_dataset=rows,
+            calibration_dataset_sort=sort,
+            batch_size=rows_per_batch,
+            calibration_data_min_length=0,
+        )
+
+    return plan_calibration(
+        calibration,
+        experts.names,
+        prepare,
+        batch_size=batch_size,
+        pad=model.dynamic_expert_index is None,
+        context=context_length(model.model.config),
+        keep_end=getattr(model.tokenizer, "padding_side", "right") == "left",
+    )
 
 
 # Options of the host's quantize() that cannot go with experts, and what to do instead.

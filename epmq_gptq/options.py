@@ -31,6 +31,11 @@ def documented(cls: type) -> dict[str, str]:
     return {f.name: f.metadata["doc"] for f in dataclasses.fields(cls) if "doc" in f.metadata}
 
 
+def closest(key: Any, known: Iterable[str]) -> str | None:
+    """The known key that ``key`` was probably meant to be."""
+    return next(iter(difflib.get_close_matches(str(key), list(known), n=1)), None)
+
+
 def check_keys(data: Any, known: Iterable[str], what: str) -> None:
     """Refuse anything but a mapping of known keys.
 
@@ -44,8 +49,8 @@ def check_keys(data: Any, known: Iterable[str], what: str) -> None:
         )
     for key in data:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean `{close[0]}`?" if close else f"Known: {', '.join(known)}."
+            meant = closest(key, known)
+            hint = f"Did you mean `{meant}`?" if meant else f"Known: {', '.join(known)}."
             raise EPMQInputError(f"{what}: `{key}` is not an option. {hint}")
 
 

@@ -6,7 +6,7 @@ No absolute paths and no calibration text; names, revisions, digests and counts.
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 from .checkpoints import Checkpoint, Source, describe_source
@@ -28,7 +28,10 @@ def provenance(
         "schema": SCHEMA,
         "method": "E-PMQ",
         "reference": "https://arxiv.org/abs/2605.16882",
-        "versions": {"epmq_gptq": __version__} | _versions("gptqmodel", "torch", "transformers"),
+        "versions": {
+            "epmq_gptq": __version__,
+            **{name: version(name) for name in ("gptqmodel", "torch", "transformers")},
+        },
         "alpha": config.alpha,
         "on_bad_module": config.on_bad_module,
         "merged": _described(describe_source(merged.path), merged),
@@ -56,13 +59,3 @@ def _described(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
     described = {"source": source.name, "revision": source.revision, "sha256": checkpoint.digest()}
     checkpoint.close()
     return described
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -174,7 +174,7 @@ def fit_rows(
         sets: what :func:`read_rows` returned.
         tokenizer: of the merged model.
         expert: whose rows, for the errors.
-        limit: the model's context in tokens; GPTQModel would cut there without a word.
+        limit: the model's context in tokens.
 
     Raises:
         EPMQInputError: chat rows, and a tokenizer without a chat template.

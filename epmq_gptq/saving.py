@@ -77,17 +77,18 @@ def _store_dense_tensors_as_merged(folder: Path, merged: Path) -> None:
     stored = source.get("dtype") or source.get("torch_dtype")
     if stored not in _HALF or config.get(key) == stored:
         return
-    for shard in sorted(folder.glob("*.safetensors")):
-        checkpoint = {}
-        reader = Checkpoint(folder, what="output")
-        for name in reader:
-            if reader.info(name).file != shard.name:
-                continue
-            tensor = reader.read(name)
+    written = Checkpoint(folder, what="the written checkpoint")
+    shards: dict[str, list[str]] = {}
+    for name in written:
+        shards.setdefault(written.info(name).file, []).append(name)
+    for shard, names in shards.items():
+        tensors = {}
+        for name in names:
+            tensor = written.read(name)
             dense = tensor.dtype == torch.float32 and not name.endswith(PACKED)
-            checkpoint[name] = tensor.to(_HALF[stored]) if dense else tensor.clone()
-        reader.close()
-        save_file(checkpoint, shard, metadata={"format": "pt"})
+            tensors[name] = tensor.to(_HALF[stored]) if dense else tensor.clone()
+        written.close()  # the file is about to be replaced under its mapping
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
     config[key] = stored
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -92,10 +92,11 @@ class EPMQ(GPTQ):
 
     @torch.inference_mode()
     def quantize(self, blocksize=128):
-        """Round as the host does; returns the host's eight values. Never raises for bad numbers:
+        """Round as the host does; returns the host's eight values.
 
-        it runs on one of the host's worker threads, where an exception ends the whole process.
-        What went wrong is left in ``failure``, or under ``on_bad_module="rtn"`` in ``report``.
+        Never raises for bad numbers: it runs on one of the host's worker threads, where an
+        exception ends the whole process. What went wrong is left in ``failure``, or under
+        ``on_bad_module="rtn"`` in ``report``.
         """
         start = time.perf_counter()
         if self.bad is None:
@@ -123,8 +124,7 @@ class EPMQ(GPTQ):
                 module=self.full_name,
             ) from error
         Q, scale, _, _, _, loss, _, _ = result
-        # Scales are stored in half precision: what overflows there is lost on disk.
-        check_finite(scale.to(torch.float16), f"`{self.full_name}`: scales", module=self.full_name)
+        self._check_scales(scale)
         check_finite(Q, f"`{self.full_name}`: rounded weight", module=self.full_name)
         # Σ Losses is ½ tr[(Q − W*) (2/n) H_E (Q − W*)ᵀ], and the host divides it by n once more.
         self.report.loss = float(loss)

@@ -119,3 +119,15 @@ def gptq64(
             active[:, j:] -= errors[:, j : j + 1] * U[first + j, first + j : last]
         W[:, last:] -= errors @ U[first:last, last:]
     return Q[:, torch.argsort(order)]
+
+
+def nearest_share(W: torch.Tensor, W_m: torch.Tensor, *, group_size: int) -> float:
+    """The share of 4-bit weights that lie within half a step of ``W_m: (out, in)``.
+
+    Rounded to nearest that is nearly all: the largest positive weight of a group may lie one step
+    outside the symmetric grid.
+    """
+    groups = W_m.reshape(W_m.shape[0], -1, group_size)
+    step = groups.abs().amax(-1, keepdim=True) * 2 / 15
+    distance = (W.reshape(groups.shape) - groups).abs()
+    return float((distance <= 0.51 * step + 1e-4).float().mean())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from gptqmodel import GPTQModel
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,13 +16,11 @@ from transformers import (
 
 from epmq_gptq import EPMQConfig
 
-TOKENS = dict(vocab_size=tiny.VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-
 
 def qwen3():
     return Qwen3ForCausalLM(
         Qwen3Config(
-            **TOKENS,
+            **tiny.TOKENS,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=1,
@@ -40,7 +37,7 @@ def opt():
     """No shared inputs are declared for it, and its linear layers have biases."""
     return OPTForCausalLM(
         OPTConfig(
-            **TOKENS,
+            **tiny.TOKENS,
             hidden_size=64,
             ffn_dim=128,
             num_hidden_layers=1,
@@ -54,7 +51,7 @@ def opt():
 def gpt2():
     """Its linear layers are stored transposed."""
     return GPT2LMHeadModel(
-        GPT2Config(**TOKENS, n_embd=64, n_layer=1, n_head=4, n_positions=128, n_inner=128)
+        GPT2Config(**tiny.TOKENS, n_embd=64, n_layer=1, n_head=4, n_positions=128, n_inner=128)
     )
 
 
@@ -64,13 +61,11 @@ def test_the_same_way_for_other_families(build, tmp_path):
     merged, experts = tiny.family(tmp_path, experts=2, model=build().eval())
     rows = {name: tiny.rows(5, 50, seed=index) for index, name in enumerate(experts)}
     config = EPMQConfig(bits=8, group_size=32, experts=experts, alpha=0.1)
-    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model = tiny.load(merged, config)
     report = model.quantize(rows, batch_size=2)["epmq"]
     assert all(m.target == "experts" and m.excess < 0.2 * m.merge_excess for m in report.modules)
     model.save(str(tmp_path / "out"))
-    loaded = GPTQModel.load(
-        str(tmp_path / "out"), device="cpu", dtype=torch.float16, backend="gptq_torch"
-    )
+    loaded = tiny.reload(tmp_path / "out")
     with torch.no_grad():
         logits = loaded.model(torch.tensor([rows["expert0"][0]["input_ids"]])).logits
     assert torch.isfinite(logits).all()

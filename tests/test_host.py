@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from gptqmodel import GPTQModel
 from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization.config import GPTQConfig
 from judge import stored
@@ -46,9 +45,7 @@ def test_a_plain_gptq_config_runs_as_if_we_were_not_here(tmp_path, monkeypatch):
     rows = tiny.rows(4, 40, seed=0)
 
     def run(out):
-        model = GPTQModel.load(
-            str(merged), GPTQConfig(group_size=32), dtype=torch.float32, device="cpu"
-        )
+        model = tiny.load(merged, GPTQConfig(group_size=32))
         result = model.quantize(rows, batch_size=2)
         model.save(str(out))
         return result
@@ -68,7 +65,7 @@ def test_quantizing_twice_is_refused(tmp_path):
     merged, experts = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1))
     rows = {"expert0": tiny.rows(4, 40, seed=0)}
     config = EPMQConfig(group_size=32, experts=experts)
-    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model = tiny.load(merged, config)
     model.quantize(rows)
     with pytest.raises(EnvironmentError, match="already quantized"):
         model.quantize(rows)
@@ -77,7 +74,7 @@ def test_quantizing_twice_is_refused(tmp_path):
 def test_excluding_every_layer_is_refused(tmp_path):
     merged, experts = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1))
     config = EPMQConfig(group_size=32, experts=experts, dynamic={"-:.*": {}})
-    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model = tiny.load(merged, config)
     with pytest.raises(EPMQInputError, match="no linear layer is left"):
         model.quantize({"expert0": tiny.rows(4, 40, seed=0)})
 
@@ -85,7 +82,7 @@ def test_excluding_every_layer_is_refused(tmp_path):
 def test_text_rows_are_tokenised_by_the_merged_models_tokenizer(tmp_path):
     merged, experts = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1))
     config = EPMQConfig(group_size=32, experts=experts)
-    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model = tiny.load(merged, config)
     rows = ["one byte is one token", {"text": "so are these"}, [5, 6, 7], {"input_ids": [8] * 4}]
     report = model.quantize({"expert0": rows}, batch_size=2)["epmq"]
     assert report.rows == {"expert0": 4} and report.tokens == {"expert0": 21 + 12 + 3 + 4}

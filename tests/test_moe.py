@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from gptqmodel import GPTQModel
+from judge import nearest_share
 from safetensors import safe_open
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from epmq_gptq import EPMQConfig
 
 SHARED = dict(
-    vocab_size=tiny.VOCABULARY,
+    **tiny.TOKENS,
     hidden_size=32,
     intermediate_size=64,
     num_hidden_layers=1,
@@ -20,9 +20,6 @@ SHARED = dict(
     num_key_value_heads=2,
     max_position_embeddings=128,
     tie_word_embeddings=False,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
 )
 
 
@@ -53,7 +50,7 @@ def family(model, tmp_path):
 
 def quantize(merged, experts, rows, bits=4, **options):
     config = EPMQConfig(bits=bits, group_size=32, experts=experts, alpha=0.1)
-    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model = tiny.load(merged, config)
     return model, model.quantize(rows, **options)["epmq"]
 
 
@@ -75,9 +72,7 @@ def test_routed_modules_are_quantized_towards_the_experts(build, tmp_path):
     with_tokens = [m for m in routed if m.target == "experts"]
     assert with_tokens and all(m.excess < 0.1 * m.merge_excess for m in with_tokens)
     model.save(str(tmp_path / "out"))
-    loaded = GPTQModel.load(
-        str(tmp_path / "out"), device="cpu", dtype=torch.float16, backend="gptq_torch"
-    )
+    loaded = tiny.reload(tmp_path / "out")
     with torch.no_grad():
         logits = loaded.model(torch.tensor([rows["expert0"][0]["input_ids"]])).logits
     assert torch.isfinite(logits).all()
@@ -93,17 +88,12 @@ def test_a_routed_module_without_tokens_keeps_the_merged_weight(tmp_path):
     assert len(unseen) == 2 * 3
     assert all("no calibration token" in m.reason and not m.tokens for m in unseen)
     quantized.save(str(tmp_path / "out"))
-    loaded = GPTQModel.load(
-        str(tmp_path / "out"), device="cpu", dtype=torch.float16, backend="gptq_torch"
-    )
+    loaded = tiny.reload(tmp_path / "out")
     for module in unseen:
         W = loaded.model.get_submodule(module.module).dequantize_weight().T.float()
         with safe_open(merged / "model.safetensors", "pt") as reader:
             W_m = reader.get_tensor(f"{module.module}.weight")
-        step = W_m.reshape(W_m.shape[0], -1, 32).abs().amax(-1, keepdim=True) * 2 / 15
-        distance = (W - W_m).reshape(W_m.shape[0], -1, 32).abs()
-        # Rounded to nearest; the largest positive weight of a group may lie one step outside.
-        assert float((distance <= 0.51 * step + 1e-4).float().mean()) > 0.95
+        assert nearest_share(W, W_m, group_size=32) > 0.95
 
 
 def test_a_routed_module_with_few_tokens_keeps_the_merged_weight_as_its_target(tmp_path):
@@ -112,7 +102,7 @@ def test_a_routed_module_with_few_tokens_keeps_the_merged_weight_as_its_target(t
     config = EPMQConfig(
         bits=4, group_size=32, experts=experts, alpha=0.1, fallback={"threshold": 100}
     )
-    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model = tiny.load(merged, config)
     report = model.quantize(rows)["epmq"]
     for module in report.modules:
         count = sum(module.tokens.values())

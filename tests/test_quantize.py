@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from gptqmodel import GPTQModel
 from gptqmodel.quantization.config import GPTQConfig
 from gptqmodel.quantization.gar import (
     compose_final_perm,
@@ -23,7 +22,7 @@ BITS, GROUP, ALPHA = 4, 32, 0.1
 
 def run(merged, config, rows, out, **options):
     """Load, quantize, save; returns what ``quantize`` returned."""
-    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model = tiny.load(merged, config)
     result = model.quantize(rows, **({"batch_size": 4} | options))
     model.save(str(out))
     return result
@@ -198,7 +197,7 @@ def test_rows_of_different_lengths_leave_no_trace_of_padding(case, tmp_path):
     lams = []
     for batch_size in (1, 8):
         config = EPMQConfig(bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA)
-        model = GPTQModel.load(str(case.merged), config, dtype=torch.float32, device="cpu")
+        model = tiny.load(case.merged, config)
         report = model.quantize(ragged, batch_size=batch_size)["epmq"]
         lams.append([m.lam for m in report.modules[:3]])
         assert report.tokens == {
@@ -308,9 +307,7 @@ def test_alpha_pattern_sets_a_layers_own_anchor(case, tmp_path):
 def test_options_of_the_host_still_work(case, tmp_path, options):
     config = EPMQConfig(experts=case.experts, alpha=ALPHA, **options)
     report = run(case.merged, config, case.rows, tmp_path / "out")["epmq"]
-    loaded = GPTQModel.load(
-        str(tmp_path / "out"), device="cpu", dtype=torch.float16, backend="gptq_torch"
-    )
+    loaded = tiny.reload(tmp_path / "out")
     names = [m.module for m in report.modules]
     assert ("lm_head" in names) == options.get("lm_head", False)
     assert any("down_proj" in n for n in names) == ("-:.*down_proj" not in str(options))

@@ -9,7 +9,6 @@ import sys
 import pytest
 import tiny
 import torch
-from gptqmodel import GPTQModel
 from safetensors import safe_open
 
 from epmq_gptq import EPMQConfig, EPMQError, EPMQInputError
@@ -28,7 +27,7 @@ def family(tmp_path_factory):
 def model(family):
     merged, experts = family
     config = EPMQConfig(group_size=32, experts=experts, alpha=0.1)
-    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model = tiny.load(merged, config)
     model.quantize({name: tiny.rows(4, 40, seed=1) for name in experts})
     return model
 
@@ -37,7 +36,7 @@ def test_provenance_is_complete_and_holds_nothing_private(model, family, tmp_pat
     merged, experts = family
     (merged / "epmq_merge.json").write_text(json.dumps({"method": "average"}))
     config = EPMQConfig(group_size=32, experts=experts, alpha=0.1, alpha_pattern={"o_proj": 1})
-    other = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    other = tiny.load(merged, config)
     other.quantize({name: tiny.rows(4, 40, seed=1) for name in experts})
     other.save(str(tmp_path / "out"))
     (merged / "epmq_merge.json").unlink()
@@ -89,7 +88,7 @@ def test_dense_tensors_keep_the_dtype_the_merge_stores(tmp_path):
     half = tiny.llama(layers=1).to(torch.bfloat16)
     merged, experts = tiny.family(tmp_path, experts=2, model=half)
     config = EPMQConfig(group_size=32, experts=experts)
-    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model = tiny.load(merged, config)
     model.quantize({name: tiny.rows(3, 40, seed=1) for name in experts})
     model.save(str(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -124,9 +123,7 @@ def test_outputs_that_would_destroy_something_are_refused(model, family, tmp_pat
 def test_a_sharded_save_is_verified_and_loads(model, tmp_path):
     model.save(str(tmp_path / "out"), max_shard_size="64KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    loaded = GPTQModel.load(
-        str(tmp_path / "out"), device="cpu", dtype=torch.float16, backend="gptq_torch"
-    )
+    loaded = tiny.reload(tmp_path / "out")
     assert loaded.model.model.layers[0].mlp.up_proj.qweight.shape == (64 * 4 // 32, 128)
     with pytest.raises(EPMQInputError, match="`split_by` makes a folder per layer"):
         model.save(str(tmp_path / "other"), split_by="layer")
@@ -177,7 +174,7 @@ def test_staging_replaces_only_when_complete(tmp_path):
 def test_saving_before_quantizing_is_refused(family, tmp_path):
     merged, experts = family
     config = EPMQConfig(group_size=32, experts=experts)
-    model = GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    model = tiny.load(merged, config)
     with pytest.raises(EPMQInputError, match="`save` before `quantize`"):
         model.save(str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 260
+TOKENS = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -28,23 +29,34 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def llama(layers: int = 2, hidden: int = 64, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama with grouped-query attention; its weights are large enough to be worth rounding."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
+def llama(layers: int = 2, hidden: int = 64, **shape: int) -> LlamaForCausalLM:
+    """A Llama with grouped-query attention; ``shape`` overrides any option of its configuration."""
+    torch.manual_seed(0)
+    options = dict(
         intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+    )
+    config = LlamaConfig(
+        **TOKENS, hidden_size=hidden, num_hidden_layers=layers, **(options | shape)
     )
     return LlamaForCausalLM(config).eval()
+
+
+def load(merged: Path, config):
+    """A model to be quantized, computing in float32 on the CPU."""
+    from gptqmodel import GPTQModel
+
+    return GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+
+
+def reload(folder: Path):
+    """A quantized checkpoint under the host's torch kernel, which knows half precision only."""
+    from gptqmodel import GPTQModel
+
+    return GPTQModel.load(str(folder), device="cpu", dtype=torch.float16, backend="gptq_torch")
 
 
 def save(model: PreTrainedModel, folder: Path, **options) -> Path:

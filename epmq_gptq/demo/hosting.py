@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,15 +39,6 @@ class QuantizeSettings:
     batch_size: int = 8
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A saved checkpoint, what making it cost, and E-PMQ's own report where it was E-PMQ."""
-
-    path: Path
-    seconds: float
-    report: Any = None
-
-
 def quantize(
     method: str,
     merged: Path,
@@ -59,7 +48,7 @@ def quantize(
     out: Path,
     *,
     overwrite: bool = False,
-) -> Quantized:
+) -> None:
     """Quantize ``merged`` with ``method`` (one of ``METHODS``) and save it to ``out``.
 
     Baselines see the same rows as E-PMQ, pooled.
@@ -83,16 +72,11 @@ def quantize(
     else:
         named = {name: str(path) for name, path in experts.items()}
         config, data = EPMQConfig(**common, experts=named, alpha=settings.alpha), rows
-    start = time.perf_counter()
     model = GPTQModel.load(str(merged), config, dtype=dtype, device="cpu")
     # RTN reads no data, and the host refuses to be given some.
-    result = model.quantize(
-        None if method == "RTN" else data, batch_size=settings.batch_size, **backend
-    )
+    model.quantize(None if method == "RTN" else data, batch_size=settings.batch_size, **backend)
     # `overwrite` is an option of our save; a baseline's place is always a new one.
     model.save(str(out), **({"overwrite": overwrite} if method == "E-PMQ" else {}))
-    seconds = time.perf_counter() - start
-    return Quantized(out, seconds, result.get("epmq") if isinstance(result, dict) else None)
 
 
 def reload(path: Path) -> torch.nn.Module:

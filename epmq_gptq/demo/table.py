@@ -9,7 +9,7 @@ from rich.table import Table
 from .domains import DOMAINS
 
 if TYPE_CHECKING:
-    from .run import DemoResult
+    from .options import DemoResult
 
 LABELS = {
     "base": "base",

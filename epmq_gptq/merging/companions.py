@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint
+from ..checkpoints import Checkpoint, lies_inside
 from ..errors import EPMQInputError
 from .compatibility import DTYPES
 from .shards import Entry
@@ -61,7 +61,11 @@ def companions(checkpoint: Checkpoint) -> list[Path]:
     files = [checkpoint.path / name for name in sorted(names | {"config.json"})]
     files = [file for file in files if file.is_file()]
     for file in files:
-        _check_inside(checkpoint, file)
+        if not lies_inside(checkpoint.path, file):
+            raise EPMQInputError(
+                f"{checkpoint.what}: `{file.name}` is a link out of the checkpoint. Put the file "
+                "there."
+            )
     return files
 
 
@@ -77,18 +81,6 @@ def copy_companions(checkpoint: Checkpoint, entries: Sequence[Entry], folder: Pa
     if config and dtype and _set_dtype(config, dtype):
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def _check_inside(checkpoint: Checkpoint, file: Path) -> None:
-    # A checkpoint is data from a stranger: a link in it must not publish another file of this disk.
-    # The hub's cache links into the blob store of the same repository.
-    folder, target = checkpoint.path.resolve(), file.resolve()
-    blobs = folder.parent.parent / "blobs"
-    hub = folder.parent.name == "snapshots" and target.is_relative_to(blobs)
-    if target.parent != folder and not hub:
-        raise EPMQInputError(
-            f"{checkpoint.what}: `{file.name}` is a link out of the checkpoint. Put the file there."
-        )
 
 
 def _main_dtype(entries: Sequence[Entry]) -> str | None:
