@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .checkpoints import Checkpoint
+from .checkpoints import INDEX_NAME, Checkpoint
 from .errors import EPMQError, EPMQInputError, EPMQNumericalError
 from .experts import check_finite
 from .output import check_output, new_folder
@@ -79,6 +79,7 @@ def _store_dense_tensors_as_merged(folder: Path, merged: Path) -> None:
         return
     written = Checkpoint(folder, what="the written checkpoint")
     shards: dict[str, list[str]] = {}
+    total = 0
     for name in written:
         shards.setdefault(written.info(name).file, []).append(name)
     for shard, names in shards.items():
@@ -87,8 +88,14 @@ def _store_dense_tensors_as_merged(folder: Path, merged: Path) -> None:
             tensor = written.read(name)
             dense = tensor.dtype == torch.float32 and not name.endswith(PACKED)
             tensors[name] = tensor.to(_HALF[stored]) if dense else tensor.clone()
+            total += tensors[name].nbytes
         written.close()  # the file is about to be replaced under its mapping
         save_file(tensors, folder / shard, metadata={"format": "pt"})
+    index_file = folder / INDEX_NAME
+    if index_file.is_file():
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index["metadata"]["total_size"] = total
+        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     config[key] = stored
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

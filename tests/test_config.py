@@ -45,6 +45,9 @@ def test_files_and_unknown_options(tmp_path):
         EPMQConfig.from_options({"experts": EXPERTS, "alhpa": 1})
     with pytest.raises(EPMQInputError, match=r"`epmq_config_version` should be 1, got 99"):
         EPMQConfig.from_options({"experts": EXPERTS, "epmq_config_version": 99})
+    assert EPMQConfig.from_yaml("alpha: 1e-3\nexperts: {a: b}").alpha == 0.001
+    with pytest.raises(EPMQInputError, match="`alpha` is given twice"):
+        EPMQConfig.from_yaml("alpha: 1\nalpha: 2\nexperts: {a: b}")
     with pytest.raises(EPMQInputError, match="should be a YAML mapping"):
         EPMQConfig.from_yaml("- 1")
     with pytest.raises(EPMQInputError, match="not readable as JSON"):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import tiny
 import torch
+from judge import stored
 from safetensors import safe_open
 
 from epmq_gptq import EPMQConfig, EPMQError, EPMQInputError
@@ -99,6 +100,13 @@ def test_dense_tensors_keep_the_dtype_the_merge_stores(tmp_path):
         for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
             assert saved.get_tensor(name).dtype == torch.bfloat16
             assert torch.equal(saved.get_tensor(name), source.get_tensor(name))
+    model.save(str(tmp_path / "shards"), max_shard_size="32KB")
+    parts, whole = stored(tmp_path / "shards"), stored(tmp_path / "out")
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in parts.values())
 
 
 def test_outputs_that_would_destroy_something_are_refused(model, family, tmp_path):

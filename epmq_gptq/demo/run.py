@@ -15,7 +15,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from .. import EPMQConfig
 from ..errors import EPMQInputError
+from ..merging import check_merge, merge
 from .cache import Models, cache_folder, trained_models
 from .domains import ANSWER_TOKENS, DOMAINS, PROMPTS
 from .evaluation import Score, score
@@ -39,6 +41,15 @@ class Demo:
             raise EPMQInputError(
                 "`awq` cannot go with `quick`: GPTQModel's AWQ wants layers of at least 64 outputs."
             )
+        # Refused now, not after minutes of training; the experts' places do not matter to it.
+        EPMQConfig(
+            bits=options.bits,
+            group_size=options.group_size,
+            alpha=options.alpha,
+            experts=dict.fromkeys(DOMAINS, "-"),
+            offload_to_disk=False,
+        )
+        check_merge(options.merge_method, options.merge_parameters, True, DOMAINS)
         self.options, self.out, self.console = options, out, console
         self.cache = Path(options.cache or cache_folder()).expanduser().absolute()
         self.result = DemoResult(
@@ -120,8 +131,6 @@ class Demo:
         }
 
     def merge(self, models: Models, out: Path) -> Path:
-        from ..merging import merge
-
         with self.stage("merge"):
             merge(
                 self.options.merge_method,
