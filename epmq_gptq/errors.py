@@ -1,15 +1,93 @@
-"""The exceptions of epmq_gptq.
+"""The exceptions of epmq_gptq: one family, each with a code, an object, a cause and a remedy.
 
 A caller's mistake is an :class:`EPMQInputError`; numbers that cannot be trusted are an
-:class:`EPMQNumericalError`. Both name the option or tensor, the rule, what was got, where
-(expert, module) and what to do next.
+:class:`EPMQNumericalError`. Codes are stable: scripts and issues may rely on them.
 """
 
 from __future__ import annotations
 
+# Code -> what it stands for. F: a fault of the inputs or of the numbers; O: of an option or a file
+# of options; H: of the host; S: of a save.
+CODES: dict[str, str] = {
+    "EPMQ-F01": "a tensor that is needed is missing",
+    "EPMQ-F02": "a checkpoint holds tensors that are not used",
+    "EPMQ-F03": "a tensor has another shape than in the merged model",
+    "EPMQ-F04": "the configuration describes another network",
+    "EPMQ-F05": "the vocabularies differ",
+    "EPMQ-F06": "a tensor has a dtype that cannot be used",
+    "EPMQ-F07": "a model is already quantized",
+    "EPMQ-F08": "an expert's weight is not finite",
+    "EPMQ-F09": "a merged weight is not finite",
+    "EPMQ-F10": "a file of a checkpoint lies outside of it",
+    "EPMQ-F11": "the index and the shards disagree",
+    "EPMQ-F12": "a shard is damaged",
+    "EPMQ-F13": "a configuration file is not readable",
+    "EPMQ-F14": "a checkpoint is in a pickle format",
+    "EPMQ-F15": "a checkpoint cannot be found or read",
+    "EPMQ-F16": "a hub id is not pinned, or cannot be had",
+    "EPMQ-F17": "two experts are the same",
+    "EPMQ-F18": "an expert equals the base or the merge",
+    "EPMQ-F20": "there is no expert",
+    "EPMQ-F21": "experts and calibration name different experts",
+    "EPMQ-F22": "an expert has no usable calibration row",
+    "EPMQ-F23": "an expert has very few calibration tokens",
+    "EPMQ-F24": "a calibration source has fewer rows than were asked for",
+    "EPMQ-F25": "calibration rows are longer than the context",
+    "EPMQ-F26": "calibration is unbalanced between experts",
+    "EPMQ-F27": "activations are not finite",
+    "EPMQ-F28": "alpha is out of range",
+    "EPMQ-F29": "the objective is singular",
+    "EPMQ-F30": "a curvature is not positive definite",
+    "EPMQ-F31": "a layer's inputs are all zero",
+    "EPMQ-F32": "a calibration row is not readable",
+    "EPMQ-F33": "bits or group size do not fit",
+    "EPMQ-F34": "an adapter cannot be used exactly",
+    "EPMQ-F35": "the lineage of a merge cannot be resolved",
+    "EPMQ-F36": "tokenizers differ",
+    "EPMQ-F37": "a tied head cannot be quantized",
+    "EPMQ-F38": "an architecture or a layer type is not supported",
+    "EPMQ-F44": "a disk has too little space",
+    "EPMQ-F45": "an output place cannot be used",
+    "EPMQ-F49": "the host is not a tested one",
+    "EPMQ-F52": "a call came at the wrong time",
+    "EPMQ-O01": "an option has a wrong type or value",
+    "EPMQ-O02": "an option does not exist",
+    "EPMQ-O03": "options exclude or need one another",
+    "EPMQ-O04": "a file of options is not readable",
+    "EPMQ-N01": "a rounded weight, a target or a scale is not finite",
+    "EPMQ-S01": "what was written does not read back as it should",
+}
+
 
 class EPMQError(Exception):
-    """Base of every error that epmq_gptq raises on purpose."""
+    """Base of every error that epmq_gptq raises on purpose.
+
+    Args:
+        cause: what is wrong: names the object, the rule and what was got; ends with a full stop.
+        code: one of :data:`CODES`.
+        subject: the object in a few words: an option, a tensor, an expert, a module, a file.
+        remedy: what to do about it; ends with a full stop.
+    """
+
+    def __init__(self, cause: str, *, code: str = "", subject: str = "", remedy: str = ""):
+        assert not code or code in CODES, code
+        self.cause, self.code, self.subject, self.remedy = cause, code, subject, remedy
+        super().__init__(f"{cause} {remedy}" if remedy else cause)
+
+    def to_dict(self) -> dict[str, str]:
+        """The four parts as plain data."""
+        return {
+            "code": self.code,
+            "subject": self.subject,
+            "cause": self.cause,
+            "remedy": self.remedy,
+        }
+
+    def within(self, place: str) -> EPMQError:
+        """The same error with the place where it was met in front of its cause."""
+        return type(self)(
+            f"{place}: {self.cause}", code=self.code, subject=self.subject, remedy=self.remedy
+        )
 
 
 class EPMQInputError(EPMQError, ValueError):
@@ -24,10 +102,17 @@ class EPMQNumericalError(EPMQError, ArithmeticError):
         expert: name of the expert whose data or weights caused it, or None.
     """
 
-    def __init__(self, message: str, *, module: str | None = None, expert: str | None = None):
-        super().__init__(message)
+    def __init__(
+        self, cause: str, *, module: str | None = None, expert: str | None = None, **parts: str
+    ):
+        super().__init__(cause, **parts)
         self.module = module
         self.expert = expert
+
+    def within(self, place: str) -> EPMQNumericalError:
+        error = super().within(place)
+        error.module, error.expert = self.module, self.expert
+        return error
 
 
 class EPMQHostError(EPMQError, RuntimeError):

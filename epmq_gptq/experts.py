@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from .checkpoints import Checkpoint, Source, open_checkpoint
 from .errors import EPMQInputError, EPMQNumericalError
+from .linears import Linear
 
 # How many offending tensors an error spells out.
 _LISTED = 20
@@ -30,21 +30,6 @@ _STRUCTURE = (
     "intermediate_size",
     "hidden_act",
 )
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One linear layer that will be quantized, as the merged model has it.
-
-    Attributes:
-        name: full name of the module.
-        shape: of its weight as it is stored.
-        tensors: names under which a checkpoint may hold the weight, most likely first.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    tensors: tuple[str, ...]
 
 
 class Experts:

@@ -10,24 +10,23 @@ import functools
 import inspect
 import os
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from gptqmodel.looper.gptq_processor import GPTQProcessor
 from gptqmodel.looper.module_looper import ModuleLooper
 from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
 from gptqmodel.utils.calibration import prepare_calibration_dataset
-from gptqmodel.utils.model import get_layers_with_prefixes
 
 from .calibration import CalibrationPlan, plan_calibration
 from .checkpoints import Checkpoint
 from .config import EPMQConfig
 from .errors import EPMQHostError, EPMQInputError
-from .experts import Experts, Linear
+from .experts import Experts
+from .linears import Linear
+from .model_linears import quantizable_linears
 from .processor import EPMQProcessor
 from .provenance import provenance
 from .report import QuantizationReport
@@ -150,7 +149,7 @@ def quantize_with_experts(
     experts = Experts(config.experts)
     experts.check_structure(merged.config())
     linears = list(quantizable_linears(model))
-    _check_linears(linears, model, config)
+    _check_linears(linears, config)
     experts.bind(linears)
 
     plan = _plan(model, experts, calibration, calibration_sort, batch_size)
@@ -257,41 +256,16 @@ def context_length(config) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def quantizable_linears(model: BaseQModel) -> Iterator[Linear]:
-    """The layers the host will quantize, in forward order, `dynamic` exclusions left out."""
-    config = model.quantize_config
-    names = model.simple_layer_modules(model_config=model.model.config, quantize_config=config)
-    _, layers = get_layers_with_prefixes(model.model, model.extract_layers_node())
-    full_names = [f"{layer}.{name}" for layer in layers for group in names for name in group]
-    if config.lm_head:
-        full_names.append(model.lm_head)
-    modules = dict(model.model.named_modules())
-    for name in full_names:
-        module = modules.get(name)
-        if module is None or config.dynamic_get(layer_name=name) is False:
-            continue
-        yield Linear(name, tuple(module.weight.shape), _stored_names(model, name))
-
-
-def _stored_names(model: BaseQModel, module: str) -> tuple[str, ...]:
-    """Names a checkpoint may hold this module's weight under: the host knows the renamings."""
-    source = model.turtle_model
-    candidates = source._checkpoint_tensor_candidates(module, "weight") if source else []
-    plain = f"{module}.weight"
-    return (plain, *(name for name in candidates if name != plain))
-
-
-def _check_linears(linears: list[Linear], model: BaseQModel, config: EPMQConfig) -> None:
+def _check_linears(linears: list[Linear], config: EPMQConfig) -> None:
     if not linears:
         raise EPMQInputError("no linear layer is left to quantize; `dynamic` excludes all of them.")
-    modules = dict(model.model.named_modules())
     for linear in linears:
         group_size = config.dynamic_get(linear.name, "group_size", config.group_size)
-        width = linear.shape[1]
-        if not isinstance(modules[linear.name], torch.nn.Linear):
-            width = linear.shape[0]  # transformers.Conv1D stores (in, out)
-        if group_size > 0 and width % group_size:
+        if group_size > 0 and linear.inputs % group_size:
             raise EPMQInputError(
-                f"`group_size` {group_size} does not divide the {width} inputs of "
-                f"`{linear.name}`; choose a divisor, or -1 for one group per row."
+                f"`group_size` {group_size} does not divide the {linear.inputs} inputs of "
+                f"`{linear.name}`.",
+                code="EPMQ-F33",
+                subject="`group_size`",
+                remedy="Choose a divisor, or -1 for one group per row.",
             )

@@ -268,7 +268,7 @@ def _load(merged: Path, config, recipe: Recipe, device: str):
 def _quantize(
     model, rows: dict[str, FittedRows], batch_size: int, reporter: Reporter
 ) -> QuantizationReport:
-    from .host import quantizable_linears
+    from .model_linears import quantizable_linears
 
     total = sum(1 for _ in quantizable_linears(model))
     with StepProgress(reporter, "quantize", total, "modules") as progress:

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from epmq_gptq.errors import EPMQInputError, EPMQNumericalError
-from epmq_gptq.experts import Experts, Linear, check_finite
+from epmq_gptq.experts import Experts, check_finite
+from epmq_gptq.linears import Linear
 
 
 def expert(folder, tensors, config=None):
