@@ -1,7 +1,7 @@
 """Safetensors checkpoints on disk: found, checked from their headers, read tensor by tensor.
 
 A :class:`Checkpoint` never holds a whole model: :meth:`Checkpoint.read` returns one tensor. It
-refuses what could make it read outside its folder, and every pickle format.
+refuses what could make it read outside its folder, and every pickle format (see ``folders``).
 """
 
 from __future__ import annotations
@@ -10,29 +10,38 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import EPMQInputError
-
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
-# What a checkpoint needs to be read as a model; never code, never pickle.
-HUB_PATTERNS = (
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.jinja",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+from .folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    HUB_PATTERNS,
+    INDEX_NAME,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_NAME,
+    adapter_refusal,
+    cache_repository,
+    check_file,
+    check_links,
+    list_folder,
+    no_weights,
+    read_json,
+    reason_of,
 )
+
+# Far above any model in use; what a header may make us hold in memory.
+MAX_TENSORS = 1_000_000
+# safetensors' own limit for a header; an index lists the same names.
+MAX_INDEX_BYTES = 100_000_000
+# Files besides `config.json` that a host reads before anything else, and must be able to.
+_CONFIGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _DTYPES = {
@@ -83,7 +92,7 @@ class Source:
     path: Path
 
 
-def resolve_source(spec: str | Path, *, what: str) -> Source:
+def resolve_source(spec: str | Path, *, what: str, require_pinned: bool = False) -> Source:
     """Turn a local folder or a hub id ``org/name[@revision]`` into a local folder.
 
     An existing path wins over a hub id of the same spelling. From a hub only configuration,
@@ -92,6 +101,7 @@ def resolve_source(spec: str | Path, *, what: str) -> Source:
     Args:
         spec: the folder or hub id.
         what: how errors call it, for example ``"expert `math`"``.
+        require_pinned: refuse a hub id whose revision is not a 40-digit commit.
 
     Raises:
         EPMQInputError: neither a folder nor a hub id that can be fetched or found in the cache.
@@ -107,6 +117,13 @@ def resolve_source(spec: str | Path, *, what: str) -> Source:
         raise EPMQInputError(
             f"{what}: `{text}` is neither an existing folder nor a hub id of the form "
             "`org/name@revision`."
+        )
+    if require_pinned and not _COMMIT.fullmatch(revision):
+        raise EPMQInputError(
+            f"{what}: `{text}` is not pinned to a commit, and `require_pinned` is on.",
+            code="EPMQ-F16",
+            subject=what,
+            remedy="Write `org/name@` and the 40 digits of the commit.",
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -126,25 +143,30 @@ def resolve_source(spec: str | Path, *, what: str) -> Source:
 
 def describe_source(path: Path) -> Source:
     """What may be published of a local folder; one of the hub cache knows its id and commit."""
-    folder = path.resolve()
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        hub_id = repository.removeprefix("models--").replace("--", "/")
+    folder, repository = path.resolve(), cache_repository(path)
+    if repository is not None:
+        hub_id = repository.name.removeprefix("models--").replace("--", "/")
         return Source(str(path), hub_id, folder.name, folder)
     return Source(str(path), folder.name, None, folder)
 
 
-def lies_inside(folder: Path, file: Path) -> bool:
-    """Whether a checkpoint's file is really in it, wherever links lead.
+def check_folder(path: Path, *, what: str) -> None:
+    """Refuse a folder that a host must not be pointed at; reads names, links and headers only.
 
-    A checkpoint is data from a stranger: a link in it must not make us read another file of this
-    disk. The hub's cache links into the blob store of the same repository; that counts as inside.
+    A host follows links and an index out of the folder, converts pickle files by itself, and takes
+    an adapter's configuration for the name of another model to load.
+
+    Raises:
+        EPMQInputError: a file that a host would read is not in the folder, a configuration is not
+            a JSON object, or the weights cannot be opened, see :class:`Checkpoint`.
     """
-    folder, target = folder.resolve(), file.resolve()
-    in_cache = folder.parent.name == "snapshots"
-    return target.parent == folder or (
-        in_cache and target.is_relative_to(folder.parent.parent / "blobs")
-    )
+    check_links(path, what)
+    checkpoint = Checkpoint(path, what=what)
+    checkpoint.close()
+    checkpoint.config()
+    for name in _CONFIGS:
+        if (path / name).is_file():
+            read_json(path, name, what)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -165,17 +187,17 @@ class Checkpoint:
         what: how errors call it, for example ``"expert `math`"``.
 
     Raises:
-        EPMQInputError: no safetensors weights, a shard missing, damaged, or outside the folder, a
-            tensor in two shards, or an index that disagrees with the shards.
+        EPMQInputError: no safetensors weights, an adapter without its base, a shard missing,
+            damaged, or outside the folder, a tensor in two shards, or an index that disagrees with
+            the shards.
     """
 
     def __init__(self, path: str | Path, *, what: str):
         self.path = Path(path)
         self.what = what
-        if not self.path.is_dir():
-            raise EPMQInputError(f"{what}: `{path}` is not a folder.")
         self._handles: dict[str, safe_open] = {}
         self._tensors: dict[str, TensorInfo] = {}
+        self._index: dict[str, str] | None = None
         for file in self._shards():
             self._read_header(file)
         self._check_index()
@@ -183,53 +205,74 @@ class Checkpoint:
     # ---- headers -----------------------------------------------------------------------------
 
     def _shards(self) -> list[str]:
-        index = self.path / INDEX_NAME
-        self._index: dict[str, str] | None = None
-        if index.is_file():
-            try:
-                self._index = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise EPMQInputError(
-                    f"{self.what}: `{INDEX_NAME}` is not readable: {error}."
-                ) from error
+        names = list_folder(self.path, self.what)
+        shards = sorted(n for n in names if n.endswith(".safetensors") and n != ADAPTER_WEIGHTS)
+        if ADAPTER_CONFIG in names or (ADAPTER_WEIGHTS in names and not shards):
+            raise adapter_refusal(self.path, self.what, beside_model=bool(shards))
+        if INDEX_NAME in names:
+            self._index = self._read_index()
             shards = sorted(set(self._index.values()))
-        elif (self.path / WEIGHTS_NAME).is_file():
+            if WEIGHTS_NAME in names and shards != [WEIGHTS_NAME]:
+                raise self._mismatch(
+                    f"the folder holds `{WEIGHTS_NAME}` and an index of other shards, and programs "
+                    "differ in which of the two they read."
+                )
+        elif WEIGHTS_NAME in names:
             shards = [WEIGHTS_NAME]
-        else:
-            shards = sorted(p.name for p in self.path.glob("*.safetensors"))
         if not shards:
-            pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLE_SUFFIXES)
-            hint = (
-                f"it holds `{pickles[0]}`; pickle files are never opened, convert it first "
-                "(`AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`)."
-                if pickles
-                else f"put `{WEIGHTS_NAME}` or shards with `{INDEX_NAME}` there."
-            )
-            raise EPMQInputError(
-                f"{self.what}: no safetensors weights in `{self.path.name}`; {hint}"
-            )
+            raise no_weights(self.path, names, self.what)
         for shard in shards:
             self._check_shard_name(shard)
         return shards
 
+    def _read_index(self) -> dict[str, str]:
+        content = read_json(self.path, INDEX_NAME, self.what, max_bytes=MAX_INDEX_BYTES)
+        weight_map = content.get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(file, str) for file in weight_map.values())
+        ):
+            raise self._mismatch(
+                f"`weight_map` of `{INDEX_NAME}` should map tensor names to names of shards."
+            )
+        return weight_map
+
+    def _mismatch(self, cause: str) -> EPMQInputError:
+        return EPMQInputError(
+            f"{self.what}: {cause}",
+            code="EPMQ-F11",
+            subject=f"`{INDEX_NAME}`",
+            remedy="Fetch or save the checkpoint again, into an empty folder.",
+        )
+
     def _check_shard_name(self, shard: str) -> None:
         # An index is data from a stranger: a shard may only be a plain file of this folder.
-        if shard != Path(shard).name or not shard.endswith(".safetensors"):
-            raise EPMQInputError(f"{self.what}: shard path `{shard}` escapes the checkpoint.")
-        file = self.path / shard
-        if not file.is_file():
-            raise EPMQInputError(f"{self.what}: shard `{shard}` is missing.")
-        if not lies_inside(self.path, file):
-            raise EPMQInputError(f"{self.what}: shard path `{shard}` escapes the checkpoint.")
+        plain = shard == Path(shard).name and "\\" not in shard and shard.isprintable()
+        if not plain or not shard.endswith(".safetensors"):
+            raise EPMQInputError(
+                f"{self.what}: shard path `{shard}` escapes the checkpoint.",
+                code="EPMQ-F10",
+                subject=f"`{INDEX_NAME}`",
+                remedy="A shard is a `.safetensors` file of the folder itself; do not use this "
+                "checkpoint unless you know who wrote it.",
+            )
+        check_file(self.path, shard, self.what)
 
     def _read_header(self, file: str) -> None:
         handle = self._open(file)
-        for name in handle.keys():
+        names = handle.keys()
+        if len(self._tensors) + len(names) > MAX_TENSORS:
+            raise EPMQInputError(
+                f"{self.what}: the shards hold more than {MAX_TENSORS:,} tensors.",
+                code="EPMQ-F12",
+                subject=f"shard `{file}`",
+                remedy="That is no model; fetch it again from a place that you trust.",
+            )
+        for name in names:
             if name in self._tensors:
                 first = self._tensors[name].file
-                raise EPMQInputError(
-                    f"{self.what}: tensor `{name}` is in both `{first}` and `{file}`."
-                )
+                raise self._mismatch(f"tensor `{name}` is in both `{first}` and `{file}`.")
             view = handle.get_slice(name)
             self._tensors[name] = TensorInfo(name, tuple(view.get_shape()), view.get_dtype(), file)
 
@@ -239,15 +282,12 @@ class Checkpoint:
         for name, file in self._index.items():
             info = self._tensors.get(name)
             if info is None or info.file != file:
-                raise EPMQInputError(
-                    f"{self.what}: `{INDEX_NAME}` says tensor `{name}` is in `{file}`, which lacks "
-                    "it."
+                raise self._mismatch(
+                    f"`{INDEX_NAME}` says tensor `{name}` is in `{file}`, which lacks it."
                 )
         unmapped = sorted(set(self._tensors) - set(self._index))
         if unmapped:
-            raise EPMQInputError(
-                f"{self.what}: tensor `{unmapped[0]}` is in a shard but not in `{INDEX_NAME}`."
-            )
+            raise self._mismatch(f"tensor `{unmapped[0]}` is in a shard but not in `{INDEX_NAME}`.")
 
     # ---- tensors -----------------------------------------------------------------------------
 
@@ -256,14 +296,28 @@ class Checkpoint:
         if handle is None:
             try:
                 handle = safe_open(self.path / file, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                size = (self.path / file).stat().st_size
+            except OSError as error:
                 raise EPMQInputError(
-                    f"{self.what}: shard `{file}` ({size} bytes) is damaged: {error}. Fetch it "
-                    "again."
+                    f"{self.what}: shard `{file}` cannot be read: {reason_of(error)}.",
+                    code="EPMQ-F15",
+                    subject=f"shard `{file}`",
+                    remedy="Give yourself the right to read it, or fetch it again.",
                 ) from error
+            except SafetensorError as error:
+                raise self._damaged(file, error) from error
             self._handles[file] = handle
         return handle
+
+    def _damaged(self, file: str, error: SafetensorError) -> EPMQInputError:
+        expected = _expected_size(self.path / file)
+        wanted = "" if expected is None else f", {expected:,} expected"
+        size = (self.path / file).stat().st_size
+        return EPMQInputError(
+            f"{self.what}: shard `{file}` ({size:,} bytes{wanted}) is damaged: {reason_of(error)}.",
+            code="EPMQ-F12",
+            subject=f"shard `{file}`",
+            remedy="Fetch it again.",
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -279,16 +333,45 @@ class Checkpoint:
         try:
             return self._tensors[name]
         except KeyError:
-            raise EPMQInputError(f"{self.what}: tensor `{name}` is missing.") from None
+            raise EPMQInputError(
+                f"{self.what}: tensor `{name}` is missing.",
+                code="EPMQ-F01",
+                subject=f"tensor `{name}`",
+                remedy="Give a checkpoint that holds it.",
+            ) from None
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, on the CPU."""
-        return self._open(self.info(name).file).get_tensor(name)
+        return self._fetch(name, lambda shard: shard.get_tensor(name))
 
-    def config(self) -> dict:
-        """``config.json`` as plain data (no code of the checkpoint is run); {} if absent."""
-        file = self.path / "config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Entries ``start:stop`` along the first axis, in the stored dtype; no other is read."""
+        assert 0 <= start <= stop <= self.info(name).shape[0], (name, start, stop)
+        return self._fetch(name, lambda shard: shard.get_slice(name)[start:stop])
+
+    def _fetch(self, name: str, get: Callable[[safe_open], torch.Tensor]) -> torch.Tensor:
+        info = self.info(name)
+        try:
+            return get(self._open(info.file))
+        except SafetensorError as error:
+            raise EPMQInputError(
+                f"{self.what}: tensor `{name}` ({info.dtype}) cannot be read from `{info.file}`: "
+                f"{reason_of(error)}.",
+                code="EPMQ-F06",
+                subject=f"tensor `{name}`",
+                remedy="Convert it to float32, float16 or bfloat16, and leave the file alone "
+                "during a run.",
+            ) from error
+
+    def config(self) -> dict[str, Any]:
+        """``config.json`` as plain data (no code of the checkpoint is run); {} if absent.
+
+        Raises:
+            EPMQInputError: it is not a JSON object, or a link out of the folder.
+        """
+        if "config.json" not in list_folder(self.path, self.what):
+            return {}
+        return read_json(self.path, "config.json", self.what)
 
     def digest(self) -> str:
         """SHA-256 over the shards, in order of their names: what the weights are, bit for bit."""
@@ -309,3 +392,18 @@ def open_checkpoint(spec: str | Path, *, what: str) -> tuple[Checkpoint, Source]
     """:func:`resolve_source`, then :class:`Checkpoint`."""
     source = resolve_source(spec, what=what)
     return Checkpoint(source.path, what=what), source
+
+
+def _expected_size(file: Path) -> int | None:
+    """The bytes that a shard should have by its own header, None where that is not readable."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MAX_CONFIG_BYTES:
+            return None
+        header = stream.read(length)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        return 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None

@@ -6,6 +6,10 @@ A caller's mistake is an :class:`EPMQInputError`; numbers that cannot be trusted
 
 from __future__ import annotations
 
+import copy
+import copyreg
+from typing import Any
+
 # Code -> what it stands for. F: a fault of the inputs or of the numbers; O: of an option or a file
 # of options; H: of the host; S: of a save.
 CODES: dict[str, str] = {
@@ -22,7 +26,7 @@ CODES: dict[str, str] = {
     "EPMQ-F11": "the index and the shards disagree",
     "EPMQ-F12": "a shard is damaged",
     "EPMQ-F13": "a configuration file is not readable",
-    "EPMQ-F14": "a checkpoint is in a pickle format",
+    "EPMQ-F14": "a checkpoint is in a pickle format, or another that is not read",
     "EPMQ-F15": "a checkpoint cannot be found or read",
     "EPMQ-F16": "a hub id is not pinned, or cannot be had",
     "EPMQ-F17": "two experts are the same",
@@ -71,8 +75,10 @@ class EPMQError(Exception):
 
     def __init__(self, cause: str, *, code: str = "", subject: str = "", remedy: str = ""):
         assert not code or code in CODES, code
-        self.cause, self.code, self.subject, self.remedy = cause, code, subject, remedy
-        super().__init__(f"{cause} {remedy}" if remedy else cause)
+        self.code = code
+        # Paths, tensor names and other people's messages may hold line breaks; an error has none.
+        self.cause, self.subject, self.remedy = map(_one_line, (cause, subject, remedy))
+        super().__init__(f"{self.cause} {self.remedy}" if self.remedy else self.cause)
 
     def to_dict(self) -> dict[str, str]:
         """The four parts as plain data."""
@@ -85,9 +91,20 @@ class EPMQError(Exception):
 
     def within(self, place: str) -> EPMQError:
         """The same error with the place where it was met in front of its cause."""
-        return type(self)(
-            f"{place}: {self.cause}", code=self.code, subject=self.subject, remedy=self.remedy
-        )
+        error = copy.copy(self)
+        cause = f"{place}: {self.cause}"
+        EPMQError.__init__(error, cause, code=self.code, subject=self.subject, remedy=self.remedy)
+        return error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default calls the class with the text alone, and `code` has no default.
+        return copyreg.__newobj__, (type(self), *self.args), dict(self.__dict__)
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    # Nor does a stranger's tensor name get to move the cursor of our terminal.
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 class EPMQInputError(EPMQError, ValueError):
@@ -108,11 +125,6 @@ class EPMQNumericalError(EPMQError, ArithmeticError):
         super().__init__(cause, **parts)
         self.module = module
         self.expert = expert
-
-    def within(self, place: str) -> EPMQNumericalError:
-        error = super().within(place)
-        error.module, error.expert = self.module, self.expert
-        return error
 
 
 class EPMQHostError(EPMQError, RuntimeError):

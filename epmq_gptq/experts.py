@@ -8,139 +8,404 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from .checkpoints import Checkpoint, Source, open_checkpoint
+from .adapters import Adapter, Update, is_adapter
+from .checkpoints import Checkpoint, Source, resolve_source
 from .errors import EPMQInputError, EPMQNumericalError
-from .linears import Linear
+from .folders import ADAPTER_CONFIG
+from .linears import Linear, StoredWeight, piece, resolve
+from .memory import InMemoryExpert
+from .statistics import WeightDelta
 
 # How many offending tensors an error spells out.
 _LISTED = 20
 # Tensors that say a checkpoint holds codes, not weights.
-_QUANTIZED_SUFFIXES = (".qweight", ".weight_packed", ".weight_scale", ".absmax")
-# Values of config.json that change what a linear layer's input means.
-_STRUCTURE = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "hidden_act",
-)
+QUANTIZED_SUFFIXES = (".qweight", ".weight_packed", ".weight_scale", ".absmax", ".scales")
+# Rows of W_0 + s B A that are built at once where a norm of each is needed (DoRA).
+_ROWS = 1024
+
+
+@dataclass
+class Expert:
+    """One of the K models.
+
+    Attributes:
+        source: where it came from, in words that may be published.
+        store: its weights; of an adapter, those of the base it was trained on.
+        base: where the base of an adapter came from, else None.
+        adapter: what it changes, or None for a whole model.
+    """
+
+    source: Source
+    store: Any
+    base: Source | None = None
+    adapter: Adapter | None = None
 
 
 class Experts:
     """The K experts of one run.
 
     Args:
-        sources: name → folder or hub id.
+        sources: name → folder, hub id, ``base+adapter``, or a model in memory.
+        base: the model they were fine-tuned from: folder or hub id. Only data-free Grams and
+            adapters that name no base of their own need it.
+        require_pinned: refuse hub ids without a commit.
 
     Raises:
         EPMQInputError: a source cannot be resolved or read as safetensors, or is quantized.
     """
 
-    def __init__(self, sources: Mapping[str, str]):
-        self.sources: dict[str, Source] = {}
-        self._checkpoints: dict[str, Checkpoint] = {}
-        self._tensors: dict[tuple[str, str], str] = {}  # (expert, module) -> tensor name
+    def __init__(
+        self, sources: Mapping[str, Any], *, base: str | None = None, require_pinned: bool = False
+    ):
+        self._require_pinned = require_pinned
+        self._experts: dict[str, Expert] = {}
+        self._bound: dict[str, Linear] = {}
+        self._stored: dict[tuple[str, str], StoredWeight] = {}  # (expert, module) -> where
+        self._adapted: dict[str, dict[str, str]] = {}  # expert -> module -> the adapter's name
+        self._stores: dict[Path, Checkpoint] = {}  # adapters share their base
         # Several devices may fold at once; a memory-mapped shard is read by one thread at a time.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self.base: tuple[Checkpoint, Source] | None = None
+        if base is not None:
+            self.base = self._open(base, "`base`")
         for name, spec in sources.items():
-            checkpoint, source = open_checkpoint(spec, what=f"expert `{name}`")
-            self._checkpoints[name], self.sources[name] = checkpoint, source
-            quantized = next((t for t in checkpoint if t.endswith(_QUANTIZED_SUFFIXES)), None)
-            if quantized is not None:
-                raise EPMQInputError(
-                    f"expert `{name}`: already quantized (it holds `{quantized}`); give the "
-                    "full-precision expert."
-                )
+            self._experts[name] = self._expert(spec, f"expert `{name}`")
+
+    # ---- what there is -----------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
         """The experts in the order in which they are folded."""
-        return list(self._checkpoints)
+        return list(self._experts)
 
-    def checkpoint(self, name: str) -> Checkpoint:
-        """The checkpoint of one expert."""
-        return self._checkpoints[name]
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where each expert came from."""
+        return {name: expert.source for name, expert in self._experts.items()}
 
-    def check_structure(self, merged_config: Mapping) -> None:
-        """Refuse an expert whose ``config.json`` describes another network than the merged one.
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Every folder that is read, by what errors call it."""
+        places = {"`base`": self.base[1].path} if self.base else {}
+        for name, expert in self._experts.items():
+            if expert.source.path is not None:
+                places[f"expert `{name}`"] = expert.source.path
+            if expert.base is not None and expert.base.path is not None:
+                places[f"base of expert `{name}`"] = expert.base.path
+        return places
 
-        Raises:
-            EPMQInputError: naming the expert, the value and both sides.
-        """
-        for name, checkpoint in self._checkpoints.items():
-            config = checkpoint.config()
-            for key in _STRUCTURE:
-                # Older files leave out or null what newer ones spell out.
-                mine, theirs = config.get(key), merged_config.get(key)
-                if None not in (mine, theirs) and mine != theirs:
-                    raise EPMQInputError(
-                        f"expert `{name}`: `{key}` is {mine!r}, the merged model has "
-                        f"{theirs!r}; an expert must be a fine-tune of the same "
-                        "network."
-                    )
+    def expert(self, name: str) -> Expert:
+        """One expert."""
+        return self._experts[name]
+
+    def store(self, name: str) -> Any:
+        """The weights of one expert; of an adapter, those of its base."""
+        return self._experts[name].store
+
+    def adapter(self, name: str) -> Adapter | None:
+        """What an adapter changes; None for a whole model."""
+        return self._experts[name].adapter
+
+    # ---- opening -----------------------------------------------------------------------------
+
+    def _expert(self, spec: Any, what: str) -> Expert:
+        if isinstance(spec, InMemoryExpert):
+            spec.store.what = what
+            source = Source("", "in memory", None, None)
+            _refuse_quantized(spec.store, what)
+            return Expert(source, spec.store, source if spec.adapter else None, spec.adapter)
+        base_spec, adapter_spec = split_adapter(str(spec))
+        if adapter_spec is None:
+            source = self._resolve(base_spec, what)
+            if not is_adapter(source.path, what=what):
+                return Expert(source, self._checkpoint(source, what))
+            adapter_spec, base_spec = base_spec, None
+        source = self._resolve(adapter_spec, what)
+        if not is_adapter(source.path, what=what):
+            raise EPMQInputError(
+                f"{what}: `{source.name}` holds no `{ADAPTER_CONFIG}`, so it is no LoRA adapter.",
+                code="EPMQ-F34",
+                subject=what,
+                remedy="Write `base+adapter` with the adapter after the plus.",
+            )
+        adapter = Adapter.open(source.path, what=what)
+        store, base = self._base_of(adapter, base_spec, what)
+        return Expert(source, store, base, adapter)
+
+    def _base_of(self, adapter: Adapter, spec: str | None, what: str) -> tuple[Checkpoint, Source]:
+        """What the user says, else the run's base, else what the adapter itself says."""
+        if spec is None and self.base is not None:
+            return self.base
+        named = spec or adapter.base
+        remedy = "Write the expert as `base+adapter`, or set `base`."
+        if not named:
+            raise EPMQInputError(
+                f"{what}: `{ADAPTER_CONFIG}` names no base model.",
+                code="EPMQ-F34",
+                subject=what,
+                remedy=remedy,
+            )
+        try:
+            return self._open(named, f"{what}, its base")
+        except EPMQInputError as error:
+            if spec is not None:
+                raise
+            raise EPMQInputError(
+                error.cause, code=error.code, subject=error.subject, remedy=remedy
+            ) from error
+
+    def _open(self, spec: str, what: str) -> tuple[Checkpoint, Source]:
+        source = self._resolve(spec, what)
+        return self._checkpoint(source, what), source
+
+    def _resolve(self, spec: str, what: str) -> Source:
+        return resolve_source(spec, what=what, require_pinned=self._require_pinned)
+
+    def _checkpoint(self, source: Source, what: str) -> Checkpoint:
+        store = self._stores.get(source.path)
+        if store is None:
+            store = self._stores[source.path] = Checkpoint(source.path, what=what)
+            _refuse_quantized(store, what)
+        return store
+
+    # ---- which tensor is which layer ---------------------------------------------------------
 
     def bind(self, linears: Iterable[Linear]) -> None:
         """Find every linear layer's weight in every expert, by name and shape, from the headers.
 
         Raises:
             EPMQInputError: per expert, every weight that is missing, of another shape, or not a
-                floating tensor.
+                floating tensor; an adapter that does not fit.
         """
-        problems: dict[str, list[str]] = {name: [] for name in self._checkpoints}
-        for linear in linears:
-            for name, checkpoint in self._checkpoints.items():
-                tensor = next((t for t in linear.tensors if t in checkpoint), None)
-                if tensor is None:
-                    problems[name].append(f"`{linear.tensors[0]}` is missing")
-                    continue
-                info = checkpoint.info(tensor)
-                if info.shape != linear.shape:
-                    problems[name].append(
-                        f"`{tensor}` has shape {info.shape}, the merged model has {linear.shape}"
-                    )
-                elif info.torch_dtype is None:
-                    problems[name].append(f"`{tensor}` has dtype {info.dtype}, not a floating one")
-                self._tensors[name, linear.name] = tensor
-        for name, found in problems.items():
-            if found:
-                more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-                raise EPMQInputError(
-                    f"expert `{name}` ({self.sources[name].name}) does not fit the merged model: "
-                    + "; ".join(found[:_LISTED])
-                    + more
-                    + ". An expert must hold every linear layer of the merged model, fine-tuned "
-                    "from the same base."
-                )
+        self._bound = {linear.name: linear for linear in linears}
+        for name, expert in self._experts.items():
+            problems: list[EPMQInputError] = []
+            for linear in self._bound.values():
+                try:
+                    self._stored[name, linear.name] = self._find(expert, linear)
+                except EPMQInputError as error:
+                    problems.append(error)
+            if problems:
+                raise self._misfit(name, problems)
+            if expert.adapter is not None:
+                self._adapted[name] = expert.adapter.bind(self._bound.values(), expert.store)
 
-    def read(self, expert: str, module: str) -> torch.Tensor:
-        """One expert's weight of one linear layer, as stored, on the CPU, unchecked."""
-        with self._lock:
-            return self._checkpoints[expert].read(self._tensors[expert, module])
+    def _find(self, expert: Expert, linear: Linear) -> StoredWeight:
+        stored = _replacement(expert, linear)
+        store = expert.adapter.tensors if stored is not None else expert.store
+        return find_weight(store, linear, stored)
 
-    def check(self, expert: str, module: str) -> None:
-        """Raise :class:`EPMQNumericalError` if that weight holds a NaN or an infinity."""
-        tensor = self._tensors[expert, module]
-        check_finite(
-            self.read(expert, module),
-            f"expert `{expert}`: tensor `{tensor}`",
-            module=module,
-            expert=expert,
+    def _misfit(self, name: str, problems: list[EPMQInputError]) -> EPMQInputError:
+        listed = [problem.cause.rstrip(".") for problem in problems[:_LISTED]]
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        return EPMQInputError(
+            f"expert `{name}` ({self.sources[name].name}) does not fit the merged model: "
+            f"{'; '.join(listed)}{more}.",
+            code=problems[0].code,
+            subject=f"expert `{name}`",
+            remedy="An expert must hold every linear layer of the merged model, fine-tuned from "
+            "the same base.",
         )
+
+    # ---- weights -----------------------------------------------------------------------------
+
+    def delta(self, name: str, module: str, W_m: torch.Tensor) -> WeightDelta:
+        """``W_i − W_m`` of one layer, on the device of ``W_m: (out, in)`` fp32."""
+        return self._against(name, module, W_m)
+
+    def task_vector(
+        self, name: str, module: str, device: torch.device | str = "cpu"
+    ) -> WeightDelta:
+        """``W_i − W_0`` of one layer, W_0 being the weight of ``base``."""
+        assert self.base is not None
+        expert = self._experts[name]
+        if expert.store is self.base[0] and _replacement(expert, self._bound[module]) is None:
+            update = self._update(name, module, device)
+            if update is None or update.magnitude is None:
+                low_rank = None if update is None else (update.B, update.A)
+                return WeightDelta(None, low_rank)
+        return self._against(name, module, self.base_weight(module, device))
+
+    def base_weight(self, module: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """``W_0: (out, in)`` fp32 of ``base``."""
+        assert self.base is not None
+        linear = self._bound[module]
+        with self._lock:
+            return _oriented(_read(self.base[0], find_weight(self.base[0], linear)), linear, device)
+
+    def rows(self, name: str, module: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of ``W_i: (out, in)``, ``(stop − start, in)`` fp32 on the CPU, read alone."""
+        linear = self._bound[module]
+        expert = self._experts[name]
+        stored = self._stored[name, module]
+        with self._lock:
+            W = _read_rows(self._store_of(expert, linear), stored, linear, start, stop)
+            update = self._update(name, module, "cpu")
+        if update is None:
+            return W
+        W += update.B[start:stop] @ update.A
+        if update.magnitude is not None:
+            W *= (update.magnitude[start:stop] / W.norm(dim=1))[:, None]
+        return W
+
+    def check(self, name: str, module: str) -> None:
+        """Raise :class:`EPMQNumericalError` if that weight holds a NaN or an infinity."""
+        linear, expert = self._bound[module], self._experts[name]
+        stored = self._stored[name, module]
+        with self._lock:
+            weight = _read(self._store_of(expert, linear), stored)
+            update = self._update(name, module, "cpu")
+        place = dict(module=module, expert=name, code="EPMQ-F08")
+        check_finite(weight, f"expert `{name}`: tensor `{stored.tensor}`", **place)
+        for part, tensor in (update._asdict() if update is not None else {}).items():
+            if tensor is not None:
+                check_finite(tensor, f"expert `{name}`: LoRA `{part}` of `{module}`", **place)
 
     def close(self) -> None:
         """Release the memory-mapped shards."""
-        for checkpoint in self._checkpoints.values():
-            checkpoint.close()
+        for store in self._stores.values():
+            store.close()
+        for expert in self._experts.values():
+            if expert.adapter is not None:
+                expert.adapter.close()
+
+    def _store_of(self, expert: Expert, linear: Linear) -> Any:
+        replaced = _replacement(expert, linear) is not None
+        return expert.adapter.tensors if replaced else expert.store
+
+    def _update(self, name: str, module: str, device: torch.device | str) -> Update | None:
+        adapted = self._adapted.get(name, {}).get(module)
+        if adapted is None:
+            return None
+        update = self._experts[name].adapter.update(adapted)
+        return Update(*(None if t is None else t.to(device) for t in update))
+
+    def _against(self, name: str, module: str, reference: torch.Tensor) -> WeightDelta:
+        linear, expert = self._bound[module], self._experts[name]
+        device = reference.device
+        with self._lock:
+            weight = _read(self._store_of(expert, linear), self._stored[name, module])
+            update = self._update(name, module, device)
+        W = _oriented(weight, linear, device)
+        if update is None:
+            return WeightDelta(W - reference, None)
+        B = update.B
+        if update.magnitude is not None:
+            scale = (update.magnitude / _row_norms(W, update))[:, None]
+            W, B = W * scale, B * scale
+        return WeightDelta(W - reference, (B, update.A))
+
+
+def split_adapter(spec: str) -> tuple[str, str | None]:
+    """``base+adapter`` → (base, adapter); (spec, None) where there is no adapter.
+
+    A path that exists wins, so a folder may have a plus in its name.
+    """
+    if Path(spec).expanduser().exists() or "+" not in spec:
+        return spec, None
+    base, _, adapter = spec.partition("+")
+    return base.strip(), adapter.strip()
+
+
+def find_weight(store: Any, linear: Linear, only: StoredWeight | None = None) -> StoredWeight:
+    """Where ``store`` holds the weight of ``linear``.
+
+    Args:
+        store: checkpoint or state dict.
+        linear: the layer.
+        only: the one place to look, instead of all places the layer knows.
+
+    Raises:
+        EPMQInputError: it is missing, of another shape, or no floating tensor.
+    """
+    stored = only or resolve(linear, store)
+    if stored is None:
+        name = linear.tensors[0]
+        raise EPMQInputError(
+            f"`{name}` is missing.", code="EPMQ-F01", subject=f"tensor `{name}`", remedy=_REMEDY
+        )
+    info = store.info(stored.tensor)
+    shape = piece(info.shape, stored)
+    if shape != linear.shape:
+        raise EPMQInputError(
+            f"`{stored.tensor}` has shape {shape}, the merged model has {linear.shape}.",
+            code="EPMQ-F03",
+            subject=f"tensor `{stored.tensor}`",
+            remedy=_REMEDY,
+        )
+    if info.torch_dtype not in _DTYPES:
+        raise EPMQInputError(
+            f"`{stored.tensor}` has dtype {info.dtype}, not one of F32, F16 and BF16.",
+            code="EPMQ-F06",
+            subject=f"tensor `{stored.tensor}`",
+            remedy="Convert it to one of them.",
+        )
+    return stored
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_REMEDY = "An expert must hold every linear layer of the merged model."
+
+
+def _replacement(expert: Expert, linear: Linear) -> StoredWeight | None:
+    """The whole weight that an adapter keeps of this layer (`modules_to_save`), if it does."""
+    replaced = expert.adapter.replaced if expert.adapter is not None else {}
+    tensor = next((replaced[name] for name in linear.tensors if name in replaced), None)
+    return None if tensor is None else StoredWeight(tensor)
+
+
+def _read(store: Any, stored: StoredWeight) -> torch.Tensor:
+    if stored.index is None:
+        return piece(store.read(stored.tensor), stored)
+    # One entry of a stack: the others stay on disk.
+    entry = store.read_rows(stored.tensor, stored.index, stored.index + 1)
+    return piece(entry, StoredWeight(stored.tensor, 0, stored.part))
+
+
+def _read_rows(
+    store: Any, stored: StoredWeight, linear: Linear, start: int, stop: int
+) -> torch.Tensor:
+    if stored.index is None and stored.part is None and not linear.transposed:
+        return store.read_rows(stored.tensor, start, stop).float()
+    return _oriented(_read(store, stored), linear, "cpu")[start:stop].clone()
+
+
+def _oriented(W: torch.Tensor, linear: Linear, device: torch.device | str) -> torch.Tensor:
+    W = W.to(device=device, dtype=torch.float32)
+    return W.t() if linear.transposed else W
+
+
+def _row_norms(W: torch.Tensor, update: Update) -> torch.Tensor:
+    """Norms ``(out,)`` of the rows of W_0 + B A, a block of rows at a time."""
+    blocks = zip(W.split(_ROWS), update.B.split(_ROWS), strict=True)
+    return torch.cat([(rows + B @ update.A).norm(dim=1) for rows, B in blocks])
+
+
+def _refuse_quantized(store: Any, what: str) -> None:
+    quantized = next((t for t in store if t.endswith(QUANTIZED_SUFFIXES)), None)
+    if quantized is not None:
+        raise EPMQInputError(
+            f"{what}: already quantized (it holds `{quantized}`).",
+            code="EPMQ-F07",
+            subject=what,
+            remedy="Give the full-precision expert.",
+        )
 
 
 def check_finite(
-    tensor: torch.Tensor, what: str, *, module: str | None = None, expert: str | None = None
+    tensor: torch.Tensor,
+    what: str,
+    *,
+    module: str | None = None,
+    expert: str | None = None,
+    code: str = "EPMQ-N01",
+    remedy: str = "",
 ) -> None:
     """Raise :class:`EPMQNumericalError` naming the count and first index of non-finite entries."""
     # One reduction in the common case: a sum of finite fp32 values can overflow, so it only
@@ -157,4 +422,7 @@ def check_finite(
         f"{first}.",
         module=module,
         expert=expert,
+        code=code,
+        subject=what,
+        remedy=remedy or "Find where it came from; nothing sensible can be made of it.",
     )

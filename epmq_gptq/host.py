@@ -1,7 +1,7 @@
 """The one door to GPTQModel: what we hook, what private things we lean on, and the probe for both.
 
-``install()`` wraps two methods of the host's model class. Each hands over to E-PMQ where the model
-carries an :class:`EPMQConfig` and is the host's own otherwise; nothing else of the host is changed.
+``install()`` wraps the host's loading, quantizing and saving. Each hands over to E-PMQ where there
+is an :class:`EPMQConfig` and is the host's own otherwise; nothing else of the host is changed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import inspect
 import os
 import time
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from gptqmodel import GPTQModel
 from gptqmodel.looper.gptq_processor import GPTQProcessor
 from gptqmodel.looper.module_looper import ModuleLooper
 from gptqmodel.models.base import BaseQModel
@@ -21,7 +23,7 @@ from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
 from gptqmodel.utils.calibration import prepare_calibration_dataset
 
 from .calibration import CalibrationPlan, plan_calibration
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, check_folder, resolve_source
 from .config import EPMQConfig
 from .errors import EPMQHostError, EPMQInputError
 from .experts import Experts
@@ -31,6 +33,7 @@ from .processor import EPMQProcessor
 from .provenance import provenance
 from .report import QuantizationReport
 from .saving import save_whole
+from .weighting import Weighting
 
 TESTED = ((7, 6), (7, 7))  # first and last minor version of GPTQModel
 
@@ -50,6 +53,8 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
             "checkpoint",
         ),
     ),
+    "load": (GPTQModel, "load", ("model_id_or_path", "quantize_config")),
+    "load merged": (GPTQModel, "from_pretrained", ("model_id_or_path", "quantize_config")),
     "save": (BaseQModel, "save", ("save_dir",)),
     "definition": (BaseQModel, "simple_layer_modules", ("model_config", "quantize_config")),
     "loop": (ModuleLooper, "__init__", ("model", "processors")),
@@ -84,7 +89,12 @@ def probe() -> None:
         f"{TESTED[1][0]}.{TESTED[1][1]}"
     )
     if not TESTED[0] <= minor <= TESTED[1]:
-        raise EPMQHostError(f"{supported}, got {installed}; install one of these.")
+        raise EPMQHostError(
+            f"{supported}, got {installed}.",
+            code="EPMQ-F49",
+            subject="GPTQModel",
+            remedy="Install one of these versions.",
+        )
     for owner, name, parameters in LEANED_ON.values():
         method = prepare_calibration_dataset if owner is None else getattr(owner, name, None)
         have = inspect.signature(method).parameters if method is not None else {}
@@ -93,7 +103,10 @@ def probe() -> None:
             what = f"`{getattr(owner, '__name__', 'utils')}.{name}`"
             raise EPMQHostError(
                 f"{supported}; the installed {installed} has "
-                + (f"{what} without {missing}." if method is not None else f"no {what}.")
+                + (f"{what} without {missing}." if method is not None else f"no {what}."),
+                code="EPMQ-F49",
+                subject="GPTQModel",
+                remedy="Install a version as it was released.",
             )
 
 
@@ -120,8 +133,53 @@ def install() -> None:
             return save_whole(self, write, save_dir, *arguments, overwrite=overwrite, **options)
         return host_save(self, save_dir, *arguments, **options)
 
+    for name in ("load", "from_pretrained"):
+        setattr(GPTQModel, name, classmethod(_checked_loader(getattr(GPTQModel, name).__func__)))
     quantize._epmq = True
     BaseQModel._quantize_with_calibration, BaseQModel.save = quantize, save
+
+
+def _checked_loader(host_load):
+    @functools.wraps(host_load)
+    def load(cls, model_id_or_path, quantize_config=None, *arguments, **options):
+        if isinstance(quantize_config, EPMQConfig):
+            model_id_or_path = str(
+                merged_folder(
+                    model_id_or_path,
+                    revision=options.pop("revision", None),
+                    require_pinned=quantize_config.require_pinned,
+                )
+            )
+        return host_load(cls, model_id_or_path, quantize_config, *arguments, **options)
+
+    return load
+
+
+def merged_folder(
+    spec: str | Path, *, revision: str | None = None, require_pinned: bool = False
+) -> Path:
+    """The local folder of a merged model, if the host may open it.
+
+    The host follows links and paths out of a checkpoint, converts pickle files on its own, and
+    loads a quantized model as if that had been asked for.
+
+    Raises:
+        EPMQInputError: it cannot be had, or one of these would happen.
+    """
+    if revision is not None:
+        spec = f"{spec}@{revision}"
+    source = resolve_source(spec, what="the merged model", require_pinned=require_pinned)
+    check_folder(source.path, what="the merged model")
+    merged = Checkpoint(source.path, what="the merged model")
+    if "quantization_config" in merged.config() or (source.path / "quantize_config.json").is_file():
+        raise EPMQInputError(
+            f"the merged model: `{source.name}` is already quantized.",
+            code="EPMQ-F07",
+            subject="the merged model",
+            remedy="Give the full-precision merge.",
+        )
+    merged.close()
+    return source.path
 
 
 def quantize_with_experts(
@@ -142,12 +200,19 @@ def quantize_with_experts(
         also left in ``model.epmq_report``.
     """
     config: EPMQConfig = model.quantize_config
+    if model.quantized:
+        raise EPMQInputError(
+            "`quantize` was called on a model that is quantized already.",
+            code="EPMQ-F52",
+            subject="`quantize`",
+            remedy="Load the merged model again.",
+        )
     _check_host_options(calibration_sort, host_options)
     # Opened now, though only its digest is wanted at the end: what cannot be described is refused
     # before the work, not after it.
     merged = Checkpoint(str(model.model_local_path), what="the merged model")
-    experts = Experts(config.experts)
-    experts.check_structure(merged.config())
+    experts = Experts(config.experts, base=config.base, require_pinned=config.require_pinned)
+    model.epmq_sources = {"merged model": merged.path} | experts.folders
     linears = list(quantizable_linears(model))
     _check_linears(linears, config)
     experts.bind(linears)
@@ -156,6 +221,7 @@ def quantize_with_experts(
     processor = EPMQProcessor(
         plan=plan,
         experts=experts,
+        weighting=Weighting(config.weighting, plan.tokens, config.expert_weights, config.data_free),
         is_routed=model.is_moe_module,
         tokenizer=model.tokenizer,
         qcfg=config,
@@ -223,11 +289,19 @@ def _check_host_options(calibration_sort: str | None, host_options: dict[str, An
     for option, value in host_options.items():
         if value is not None:
             remedy = _REFUSED_OPTIONS.get(option, "leave it out")
-            raise EPMQInputError(f"`{option}` cannot be used with EPMQConfig: {remedy}.")
+            raise EPMQInputError(
+                f"`{option}` cannot be used with EPMQConfig.",
+                code="EPMQ-O03",
+                subject=f"`{option}`",
+                remedy=f"{remedy[0].upper()}{remedy[1:]}.",
+            )
     if calibration_sort not in (None, "asc", "desc"):
         raise EPMQInputError(
             '`calibration_sort` should be "asc", "desc" or None with EPMQConfig (rows are sorted '
-            f"within each expert), got {calibration_sort!r}."
+            f"within each expert), got {calibration_sort!r}.",
+            code="EPMQ-O01",
+            subject="`calibration_sort`",
+            remedy="Leave it out to keep the order of the rows.",
         )
 
 
@@ -258,7 +332,12 @@ def context_length(config) -> int | None:
 
 def _check_linears(linears: list[Linear], config: EPMQConfig) -> None:
     if not linears:
-        raise EPMQInputError("no linear layer is left to quantize; `dynamic` excludes all of them.")
+        raise EPMQInputError(
+            "no linear layer is left to quantize: `dynamic` excludes all of them.",
+            code="EPMQ-O03",
+            subject="`dynamic`",
+            remedy="Exclude fewer.",
+        )
     for linear in linears:
         group_size = config.dynamic_get(linear.name, "group_size", config.group_size)
         if group_size > 0 and linear.inputs % group_size:

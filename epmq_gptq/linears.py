@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,24 @@ class Linear:
     def stored(self) -> tuple[StoredWeight, ...]:
         """Every place to look for the weight, most likely first."""
         return (*(StoredWeight(name) for name in self.tensors), *self.joined)
+
+
+def resolve(linear: Linear, store: Container[str]) -> StoredWeight | None:
+    """The first place of ``linear.stored`` whose tensor ``store`` has, or None."""
+    return next((place for place in linear.stored if place.tensor in store), None)
+
+
+def piece(whole, stored: StoredWeight):
+    """The part of a tensor, or of its shape, that ``stored`` means; a view, nothing is copied.
+
+    Args:
+        whole: the tensor named ``stored.tensor``, or its shape.
+    """
+    if isinstance(whole, torch.Tensor):
+        if stored.index is not None:
+            whole = whole[stored.index]
+        return whole if stored.part is None else whole.chunk(2)[stored.part]
+    shape = tuple(whole) if stored.index is None else tuple(whole)[1:]
+    if stored.part is None or not shape:
+        return shape
+    return (shape[0] // 2, *shape[1:])

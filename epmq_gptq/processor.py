@@ -26,9 +26,10 @@ from .calibration import CalibrationPlan
 from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
 from .experts import Experts, check_finite
 from .report import ModuleReport
-from .statistics import GroupStatistics
+from .statistics import GroupStatistics, WeightDelta, data_free_gram
 from .target import add_anchor_, anchor_strength, expert_target, numerical_rank
 from .task import EPMQ
+from .weighting import Weighting
 
 
 @dataclass
@@ -53,6 +54,7 @@ class EPMQProcessor(GPTQProcessor):
     Args:
         plan: the batches and the expert of each.
         experts: the experts' weights, already bound to the model's linear layers.
+        weighting: β_i of every expert.
         is_routed: whether a module's full name is that of a routed (mixture-of-experts) module.
         host_arguments: what ``GPTQProcessor`` takes besides the calibration data.
     """
@@ -62,6 +64,7 @@ class EPMQProcessor(GPTQProcessor):
         *,
         plan: CalibrationPlan,
         experts: Experts,
+        weighting: Weighting,
         is_routed: Callable[[str], bool],
         **host_arguments,
     ):
@@ -75,6 +78,7 @@ class EPMQProcessor(GPTQProcessor):
         )
         self.plan = plan
         self.experts = experts
+        self.weighting = weighting
         self.is_routed = is_routed
         self.reports: list[ModuleReport] = []
         self.failure: EPMQNumericalError | None = None
@@ -100,7 +104,10 @@ class EPMQProcessor(GPTQProcessor):
         if not isinstance(task.module, (torch.nn.Linear, transformers.Conv1D)):
             raise EPMQInputError(
                 f"`{module.full_name}` is a {type(task.module).__name__}; E-PMQ quantizes linear "
-                "layers only. Leave it out with `dynamic`."
+                "layers only.",
+                code="EPMQ-F38",
+                subject=f"module `{module.full_name}`",
+                remedy="Leave it out with `dynamic`.",
             )
         task.quantizer.configure(perchannel=True)
         self.tasks[module.name] = task
@@ -159,7 +166,12 @@ class EPMQProcessor(GPTQProcessor):
     def _count(self, group: SharedInput, X: torch.Tensor) -> None:
         index = self.current_batch_index()
         if index is None:
-            raise EPMQHostError("the host ran a calibration batch without naming it.")
+            raise EPMQHostError(
+                "GPTQModel ran a calibration batch without naming it.",
+                code="EPMQ-F49",
+                subject="GPTQModel",
+                remedy="Install a version that epmq_gptq was tested with.",
+            )
         expert = self.plan.experts[index]
         keep = getattr(getattr(self, "_mask_tls", None), "value", None)
         if torch.is_tensor(keep) and X.dim() >= 3 and keep.shape == X.shape[:2]:
@@ -174,14 +186,11 @@ class EPMQProcessor(GPTQProcessor):
     def _statistics(self, group: SharedInput, device: torch.device) -> GroupStatistics:
         tasks = {self.tasks[name].full_name: self.tasks[name] for name in group.names}
 
-        def delta(member: str, expert: str) -> torch.Tensor | None:
-            W_i = self.experts.read(expert, member).to(device=device, dtype=torch.float32)
+        def delta(member: str, expert: str) -> WeightDelta | None:
             task = tasks[member]
-            if isinstance(task.module, transformers.Conv1D):
-                W_i = W_i.t()
-            difference = W_i - task.merged_weight(device)
+            difference = self.experts.delta(expert, member, task.merged_weight(device))
             # One reduction and one wait for two questions; who is to blame is asked only after.
-            size = float(difference.abs().sum())
+            size = difference.size()
             if not math.isfinite(size):
                 self.experts.check(expert, member)
                 self._check_merged(task, task.merged_weight(device))
@@ -189,7 +198,12 @@ class EPMQProcessor(GPTQProcessor):
 
         columns = next(iter(tasks.values())).columns
         return GroupStatistics(
-            columns, {name: task.rows for name, task in tasks.items()}, delta, device
+            columns,
+            {name: task.rows for name, task in tasks.items()},
+            delta,
+            device,
+            weight=self.weighting.of,
+            fold_once=self.weighting.needs_whole_gram,
         )
 
     @staticmethod
@@ -268,16 +282,57 @@ class EPMQProcessor(GPTQProcessor):
             for task in tasks:
                 self._mark_bad(task, task.no_input(statistics.total_tokens))
             return
+        D = {task: statistics.take_delta(task.full_name) for task in tasks}
+        if self.weighting.data_free:
+            # τ differs from layer to layer, so these have no Gram in common.
+            for task in tasks:
+                H_m, D[task] = self._with_data_free(task, merged[task], H, D[task])
+                self._aim_cohort([task], merged, D, statistics.total_tokens, H_m, task.alpha)
+            return
         cohorts: dict[float, list[EPMQ]] = {}
         for task in tasks:
             cohorts.setdefault(task.alpha, []).append(task)
         while cohorts:
             alpha, cohort = cohorts.popitem()
-            self._aim_cohort(cohort, merged, statistics, H.clone() if cohorts else H, alpha)
+            H_E = H.clone() if cohorts else H
+            self._aim_cohort(cohort, merged, D, statistics.total_tokens, H_E, alpha)
+
+    def _with_data_free(
+        self, task: EPMQ, W_m: torch.Tensor, H: torch.Tensor, D: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``H`` and ``D_m`` of one layer with the experts that have no calibration rows."""
+        energy = float(H.diagonal().sum(dtype=torch.float64))
+        H_m = H.clone()
+        for expert, share in self.weighting.data_free.items():
+            task_vector = self.experts.task_vector(expert, task.full_name, H.device)
+            size = task_vector.size()
+            if not math.isfinite(size):
+                self.experts.check(expert, task.full_name)
+                check_finite(
+                    self.experts.base_weight(task.full_name),
+                    f"`base`: weight of `{task.full_name}`",
+                    module=task.full_name,
+                    code="EPMQ-F09",
+                )
+            if not size:
+                continue
+            C = data_free_gram(task_vector, share * energy)
+            H_m.add_(C)
+            difference = self.experts.delta(expert, task.full_name, W_m)
+            if difference.size():
+                D = torch.zeros_like(W_m) if D is None else D
+                difference.add_product_(D, C)
+        return H_m, D
 
     @staticmethod
     def _check_merged(task: EPMQ, W_m: torch.Tensor) -> None:
-        check_finite(W_m, f"`{task.full_name}`: the merged weight", module=task.full_name)
+        check_finite(
+            W_m,
+            f"`{task.full_name}`: the merged weight",
+            module=task.full_name,
+            code="EPMQ-F09",
+            remedy="Merge again, or quantize a merge that is finite.",
+        )
 
     def _reduced(self, group: SharedInput, tasks: list[EPMQ]) -> GroupStatistics:
         if not group.statistics:
@@ -295,7 +350,8 @@ class EPMQProcessor(GPTQProcessor):
         self,
         tasks: list[EPMQ],
         merged: dict[EPMQ, torch.Tensor],
-        statistics: GroupStatistics,
+        deltas: dict[EPMQ, torch.Tensor | None],
+        tokens: int,
         H: torch.Tensor,
         alpha: float,
     ) -> None:
@@ -305,9 +361,11 @@ class EPMQProcessor(GPTQProcessor):
             if rank < H.shape[0]:
                 raise EPMQNumericalError(
                     f"`{tasks[0].full_name}`: alpha = 0 leaves the objective singular: the Gram "
-                    f"has rank {rank} of {H.shape[0]} (from {statistics.total_tokens} tokens). "
-                    "Set `alpha` above 0 or give more varied calibration rows.",
+                    f"has rank {rank} of {H.shape[0]} (from {tokens} tokens).",
                     module=tasks[0].full_name,
+                    code="EPMQ-F29",
+                    subject=f"module `{tasks[0].full_name}`",
+                    remedy="Set `alpha` above 0 or give more varied calibration rows.",
                 )
         lam = anchor_strength(H, alpha)
         L, info = torch.linalg.cholesky_ex(add_anchor_(H, lam))
@@ -315,9 +373,8 @@ class EPMQProcessor(GPTQProcessor):
             for task in tasks:
                 self._mark_bad(task, task.not_positive_definite())
             return
-        tokens = statistics.total_tokens
         for task in tasks:
-            D = statistics.take_delta(task.full_name)
+            D = deltas.pop(task)
             task.report.lam = lam
             if self.is_routed(task.full_name) and should_use_fallback(
                 task.routed_threshold, float(tokens), self.total_calibration_tokens

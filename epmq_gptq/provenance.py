@@ -11,7 +11,7 @@ from typing import Any
 
 from .checkpoints import Checkpoint, Source, describe_source
 from .config import EPMQConfig
-from .experts import Experts
+from .experts import Expert, Experts
 from .merging import RECORD_NAME as MERGE_RECORD
 from .report import QuantizationReport
 
@@ -37,12 +37,18 @@ def provenance(
         "merged": _described(describe_source(merged.path), merged),
         "experts": [
             {"name": name}
-            | _described(experts.sources[name], experts.checkpoint(name))
-            | {"rows": report.rows[name], "tokens": report.tokens[name]}
+            | _expert(experts.expert(name))
+            | {"rows": report.rows.get(name, 0), "tokens": report.tokens.get(name, 0)}
+            | {"weight": config.expert_weights.get(name, 1.0)}
             for name in experts.names
         ],
+        "weighting": config.weighting,
         "objective": {"excess": report.excess, "merge_excess": report.merge_excess},
     }
+    if experts.base is not None:
+        record["base"] = _described(experts.base[1], experts.base[0])
+    if config.data_free:
+        record["data_free"] = list(config.data_free)
     if config.alpha_pattern:
         record["alpha_pattern"] = dict(config.alpha_pattern)
     if report.exceptions:
@@ -55,7 +61,15 @@ def provenance(
     return record
 
 
-def _described(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
-    described = {"source": source.name, "revision": source.revision, "sha256": checkpoint.digest()}
-    checkpoint.close()
+def _expert(expert: Expert) -> dict[str, Any]:
+    if expert.adapter is None:
+        return _described(expert.source, expert.store)
+    described = _described(expert.source, expert.adapter)
+    return described | {"adapter_of": _described(expert.base, expert.store)}
+
+
+def _described(source: Source, weights: Any) -> dict[str, Any]:
+    """Name, revision and digest of a checkpoint, a state dict or an adapter."""
+    described = {"source": source.name, "revision": source.revision, "sha256": weights.digest()}
+    weights.close()
     return described

@@ -5,20 +5,27 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from .checkpoints import INDEX_NAME, Checkpoint
-from .errors import EPMQError, EPMQInputError, EPMQNumericalError
+from .checkpoints import Checkpoint
+from .errors import EPMQError, EPMQInputError
 from .experts import check_finite
+from .folders import INDEX_NAME, read_json
 from .output import check_output, new_folder
 
 # What one packed linear layer consists of.
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# What errors call what was written, and what to do where it does not read back.
+_WRITTEN = "the written checkpoint"
+_AGAIN = (
+    "Nothing was left there and the model is still in memory: `save` again, if need be to another "
+    "disk."
+)
 
 
 def save_whole(
@@ -39,23 +46,25 @@ def save_whole(
 
     Raises:
         EPMQInputError: the place is taken, or is, holds or lies in a source model's folder.
-        EPMQError: what was written does not read back as it should. The model stays in memory;
-            ``save`` can be called again.
+        EPMQError: what was written does not read back as it should, or the disk ran full. The
+            model stays in memory; ``save`` can be called again.
     """
     if not model.quantized:
-        raise EPMQInputError("`save` before `quantize`: there is nothing quantized to save yet.")
+        raise EPMQInputError(
+            "`save` came before `quantize`: there is nothing quantized to save yet.",
+            code="EPMQ-F52",
+            subject="`save`",
+            remedy="Call `quantize` first.",
+        )
     if options.get("split_by") is not None:
         raise EPMQInputError(
-            "`split_by` makes a folder per layer, which serving engines do not load; use "
-            "`max_shard_size`."
+            "`split_by` makes a folder per layer, which serving engines do not load.",
+            code="EPMQ-O01",
+            subject="`split_by`",
+            remedy="Use `max_shard_size`.",
         )
     merged = Path(str(model.model_local_path))
-    sources = {"merged model": merged} | {
-        f"expert `{name}`": Path(path)
-        for name, path in model.quantize_config.experts.items()
-        if Path(path).is_dir()
-    }
-    target = check_output(Path(save_dir), sources, overwrite, option="save_dir")
+    target = check_output(Path(save_dir), model.epmq_sources, overwrite, option="save_dir")
 
     with new_folder(target) as staging:
         with contextlib.redirect_stdout(io.StringIO()):  # the host lists the files it wrote
@@ -72,12 +81,13 @@ def _store_dense_tensors_as_merged(folder: Path, merged: Path) -> None:
     """
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    source = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    source = read_json(merged, "config.json", "the merged model")
     key = "dtype" if "dtype" in config else "torch_dtype"
     stored = source.get("dtype") or source.get("torch_dtype")
     if stored not in _HALF or config.get(key) == stored:
         return
-    written = Checkpoint(folder, what="the written checkpoint")
+    with _reading_back():
+        written = Checkpoint(folder, what=_WRITTEN)
     shards: dict[str, list[str]] = {}
     total = 0
     for name in written:
@@ -106,21 +116,33 @@ def verify_checkpoint(folder: Path, modules: list[str]) -> None:
     Raises:
         EPMQError: naming the file or tensor.
     """
-    checkpoint = Checkpoint(folder, what="the written checkpoint")
-    for module in modules:
-        for part in PACKED:
-            if f"{module}.{part}" not in checkpoint:
-                raise EPMQError(f"the written checkpoint lacks `{module}.{part}`.")
-        if f"{module}.weight" in checkpoint:
-            raise EPMQError(f"the written checkpoint still holds `{module}.weight`.")
-    for name in checkpoint:
-        if checkpoint.info(name).torch_dtype is not None:
-            try:
-                check_finite(checkpoint.read(name), f"the written checkpoint: `{name}`")
-            except EPMQNumericalError as error:
-                raise EPMQError(str(error)) from error
-    for file, key in (("config.json", "quantization_config"), ("quantize_config.json", "bits")):
-        content = json.loads((folder / file).read_text(encoding="utf-8"))
-        if key not in content:
-            raise EPMQError(f"the written `{file}` lacks `{key}`.")
-    checkpoint.close()
+    with _reading_back():
+        checkpoint = Checkpoint(folder, what=_WRITTEN)
+        for module in modules:
+            for part in PACKED:
+                if f"{module}.{part}" not in checkpoint:
+                    raise _written_wrong(f"lacks `{module}.{part}`", f"module `{module}`")
+            if f"{module}.weight" in checkpoint:
+                raise _written_wrong(f"still holds `{module}.weight`", f"module `{module}`")
+        for name in checkpoint:
+            if checkpoint.info(name).torch_dtype is not None:
+                check_finite(checkpoint.read(name), f"{_WRITTEN}: `{name}`")
+        for file, key in (("config.json", "quantization_config"), ("quantize_config.json", "bits")):
+            if key not in read_json(folder, file, _WRITTEN):
+                raise _written_wrong(f"lacks `{key}` in `{file}`", f"`{file}`")
+        checkpoint.close()
+
+
+def _written_wrong(what: str, subject: str) -> EPMQError:
+    return EPMQError(f"{_WRITTEN} {what}.", code="EPMQ-S01", subject=subject, remedy=_AGAIN)
+
+
+@contextlib.contextmanager
+def _reading_back() -> Iterator[None]:
+    """Whatever is wrong with the files of this save is a failed save, not a bad input."""
+    try:
+        yield
+    except EPMQError as error:
+        raise EPMQError(
+            error.cause, code="EPMQ-S01", subject=error.subject, remedy=_AGAIN
+        ) from error

@@ -6,22 +6,86 @@ produce in the partially quantized merged model:
     H   = Σ_i H_i,  H_i = X_i X_iᵀ                        (eq. 14)
     D_m = Σ_i (W_i,m − W_m) H_i                           (the delta form of eq. 15)
 
-All are plain sums over tokens and experts: statistics(A) + statistics(B) == statistics(A ∪ B),
-whatever the order. ``D`` rather than ``R = Σ W_i H_i + λ W_m`` because it is 10–300x closer to
-float64 and exactly zero where an expert equals the merge.
+With weights per expert β_i both sums run over β_i H_i. All are plain sums over tokens and experts:
+statistics(A) + statistics(B) == statistics(A ∪ B), whatever the order. ``D`` and not
+``R = Σ W_i H_i + λ W_m``, because it is 10–300x closer to float64 and exactly zero where an expert
+equals the merge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
-from .errors import EPMQNumericalError
+from .errors import EPMQInputError, EPMQNumericalError
 from .kernels.gram import torch_gram_update
 
-# (member, expert) -> (W_expert − W_m) of that member, (out, d) fp32, or None where it is zero.
-WeightDelta = Callable[[str, str], torch.Tensor | None]
+# Rows of a low-rank difference that are built at once.
+_ROWS = 1024
+
+
+class WeightDelta(NamedTuple):
+    """A difference of two weights, ``dense + B A``; all fp32.
+
+    Attributes:
+        dense: ``(out, d)``, or None where that part is zero.
+        low_rank: ``(B: (out, r), A: (r, d))``, or None. Never multiplied out.
+    """
+
+    dense: torch.Tensor | None
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None
+
+    def size(self) -> float:
+        """Σ|dense| + Σ|B| Σ|A|: zero where nothing differs, not finite where something is not."""
+        total = 0.0 if self.dense is None else float(self.dense.abs().sum())
+        if self.low_rank is not None:
+            B, A = self.low_rank
+            total += float(B.abs().sum() * A.abs().sum())
+        return total
+
+    def add_product_(self, D: torch.Tensor, H: torch.Tensor) -> None:
+        """``D += (dense + B A) H`` with ``D: (out, d)``, ``H: (d, d)``, as ``B (A H)``."""
+        if self.dense is not None:
+            D.addmm_(self.dense, H)
+        if self.low_rank is not None:
+            B, A = self.low_rank
+            D.addmm_(B, A @ H)
+
+
+# (member, expert) -> W_expert − W_m of that member, or None where it is exactly zero.
+ReadDelta = Callable[[str, str], WeightDelta | None]
+# (expert, H_i) -> β_i. See `EPMQConfig.weighting`.
+Weight = Callable[[str, torch.Tensor], float]
+
+
+def data_free_gram(task_vector: WeightDelta, energy: float) -> torch.Tensor:
+    """A stand-in for ``H_i`` where there is no calibration: τᵀτ, scaled to a trace.
+
+    What fine-tuning changed most is what its inputs excited most: a gradient step adds multiples of
+    the inputs to the rows of τ = W_i − W_0. WUDI (arXiv 2503.08099) merges with the same proxy.
+
+    Args:
+        task_vector: τ, ``(out, d)``; at least one of its parts.
+        energy: tr(H_i) that it shall have.
+
+    Returns:
+        ``(d, d)`` fp32; zero where τ is zero.
+    """
+    dense, low_rank = task_vector
+    if dense is None:
+        B, A = low_rank
+        C = A.mT @ ((B.mT @ B) @ A)
+    else:
+        C = torch.zeros(dense.shape[1], dense.shape[1], device=dense.device)
+        for start in range(0, dense.shape[0], _ROWS):
+            rows = dense[start : start + _ROWS]
+            if low_rank is not None:
+                rows = rows + low_rank[0][start : start + _ROWS] @ low_rank[1]
+            torch_gram_update(C, rows)
+    trace = float(C.diagonal().sum(dtype=torch.float64))
+    return C.mul_(energy / trace) if trace > 0 else C.zero_()
 
 
 class GroupStatistics:
@@ -36,14 +100,19 @@ class GroupStatistics:
         members: full names of the linear layers, mapped to their number of outputs.
         delta: reads ``W_i − W_m`` of one member for one expert.
         device: where the sums live.
+        weight: β_i, asked once per fold; None for 1 (raw sums, as in the paper).
+        fold_once: β_i depends on the whole of ``H_i``, so a second fold of an expert is an error.
     """
 
     def __init__(
         self,
         columns: int,
         members: Mapping[str, int],
-        delta: WeightDelta,
+        delta: ReadDelta,
         device: torch.device | str = "cpu",
+        *,
+        weight: Weight | None = None,
+        fold_once: bool = False,
     ):
         self.columns = columns
         self.members = dict(members)
@@ -51,6 +120,9 @@ class GroupStatistics:
         self.tokens: dict[str, int] = {}
         self.folds = 0
         self._delta = delta
+        self._weight = weight
+        self._fold_once = fold_once
+        self._folded: set[str] = set()
         self._expert: str | None = None
         self._current: torch.Tensor | None = None
         self._pending = 0
@@ -93,12 +165,17 @@ class GroupStatistics:
             module = next(iter(self.members))
             raise EPMQNumericalError(
                 f"expert `{expert}`: the activations at the input of `{module}` are not finite "
-                f"({int((~finite).sum())} of {self.columns} channels, the first is {channel}). "
-                "Check that expert's calibration rows and the merged weights of earlier layers; "
-                "load in bfloat16 or float32 if float16 overflowed.",
+                f"({int((~finite).sum())} of {self.columns} channels, the first is {channel}).",
                 module=module,
                 expert=expert,
+                code="EPMQ-F27",
+                subject=f"expert `{expert}`, inputs of `{module}`",
+                remedy="Check that expert's calibration rows and the merged weights of earlier "
+                "layers; load in bfloat16 or float32 if float16 overflowed.",
             )
+        self._count_fold(expert)
+        if self._weight is not None:
+            H_i.mul_(self._weight(expert, H_i))
         for member, rows in self.members.items():
             delta = self._delta(member, expert)
             if delta is None:
@@ -106,7 +183,7 @@ class GroupStatistics:
             D = self._deltas.get(member)
             if D is None:
                 D = self._deltas[member] = self._zeros(rows, self.columns)
-            D.addmm_(delta, H_i)
+            delta.add_product_(D, H_i)
         if self._total is None:
             # The first expert's Gram becomes the sum: one buffer less until a second one comes.
             self._total, self._current = H_i, None
@@ -121,6 +198,8 @@ class GroupStatistics:
         assert other.columns == self.columns and other.members == self.members
         self.fold()
         other.fold()
+        for expert in other._folded:
+            self._count_fold(expert)
         if other._total is not None:
             self._total = self._sum(self._total, other._total)
         for member, D in other._deltas.items():
@@ -128,7 +207,18 @@ class GroupStatistics:
         for expert, tokens in other.tokens.items():
             self.tokens[expert] = self.tokens.get(expert, 0) + tokens
         self.folds += other.folds
-        other._total, other._deltas, other.tokens = None, {}, {}
+        other._total, other._deltas, other.tokens, other._folded = None, {}, {}, set()
+
+    def _count_fold(self, expert: str) -> None:
+        if self._fold_once and expert in self._folded:
+            raise EPMQInputError(
+                f'`weighting="trace"` needs the whole Gram of expert `{expert}` at once, got it in '
+                "parts (its batches ran on several devices, or between another expert's).",
+                code="EPMQ-O03",
+                subject="`weighting`",
+                remedy='Use one device, or `weighting="token"`.',
+            )
+        self._folded.add(expert)
 
     def gram(self) -> torch.Tensor:
         """``H: (d, d)`` fp32, zero where nothing was counted. The statistics give it away."""

@@ -77,17 +77,22 @@ class EPMQ(GPTQ):
         """The error for a curvature that cannot be factorised as it stands."""
         return EPMQNumericalError(
             f"`{self.full_name}`: the curvature H + λI is not positive definite in fp32 at alpha="
-            f"{self.alpha:g}; raise `alpha` (for this layer: `alpha_pattern`) or give more "
-            "calibration rows.",
+            f"{self.alpha:g}.",
             module=self.full_name,
+            code="EPMQ-F30",
+            subject=f"module `{self.full_name}`",
+            remedy="Raise `alpha` (for this layer: `alpha_pattern`) or give more calibration rows.",
         )
 
     def no_input(self, tokens: int) -> EPMQNumericalError:
         """The error for a layer whose calibration inputs are all zero, or none."""
         return EPMQNumericalError(
-            f"`{self.full_name}`: every input is zero over {tokens} calibration tokens; check the "
-            "merged weights before it (a norm of zeros?), or leave the layer out with `dynamic`.",
+            f"`{self.full_name}`: every input is zero over {tokens} calibration tokens.",
             module=self.full_name,
+            code="EPMQ-F31",
+            subject=f"module `{self.full_name}`",
+            remedy="Check the merged weights before it (a norm of zeros?), or leave the layer out "
+            "with `dynamic`.",
         )
 
     @torch.inference_mode()
@@ -120,8 +125,12 @@ class EPMQ(GPTQ):
         except ValueError as error:
             # With no fallback the host raises at a loss that is not a number.
             raise EPMQNumericalError(
-                f"`{self.full_name}`: rounding gave a loss that is not a number ({error}).",
+                f"`{self.full_name}`: rounding gave a loss that is not a number "
+                f"({str(error).rstrip('.')}).",
                 module=self.full_name,
+                code="EPMQ-N01",
+                subject=f"module `{self.full_name}`",
+                remedy="Raise `alpha`, or leave the layer out with `dynamic`.",
             ) from error
         Q, scale, _, _, _, loss, _, _ = result
         self._check_scales(scale)

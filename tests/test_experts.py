@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from epmq_gptq.errors import EPMQInputError, EPMQNumericalError
 from epmq_gptq.experts import Experts, check_finite
-from epmq_gptq.linears import Linear
+from epmq_gptq.linears import Linear, StoredWeight
 
 
 def expert(folder, tensors, config=None):
@@ -30,8 +30,9 @@ def test_a_weight_is_found_under_the_name_it_is_stored_by(tmp_path):
     )
     experts.bind([LINEAR])
     assert experts.names == ["plain", "renamed"]
-    assert torch.equal(experts.read("plain", "layer.proj"), weights)
-    assert experts.read("renamed", "layer.proj").dtype == torch.float16
+    for name in ("plain", "renamed"):
+        delta = experts.delta(name, "layer.proj", torch.ones(2, 3))
+        assert torch.equal(delta.dense, weights - 1) and delta.low_rank is None
 
 
 def test_every_misfit_of_an_expert_is_listed_up_to_twenty(tmp_path):
@@ -42,13 +43,37 @@ def test_every_misfit_of_an_expert_is_listed_up_to_twenty(tmp_path):
     assert "m19" in str(caught.value) and "m20" not in str(caught.value)
 
 
-def test_integer_weights_and_other_networks_are_refused(tmp_path):
-    whole = expert(tmp_path / "a", {"layer.proj.weight": torch.ones(2, 3, dtype=torch.int32)})
-    with pytest.raises(EPMQInputError, match=r"dtype I32, not a floating one"):
-        Experts({"x": whole}).bind([LINEAR])
-    other = expert(tmp_path / "b", {"w": torch.ones(1)}, config='{"hidden_size": 8}')
-    with pytest.raises(EPMQInputError, match=r"expert `x`: `hidden_size` is 8, .* has 16"):
-        Experts({"x": other}).check_structure({"hidden_size": 16})
+def test_what_is_not_a_weight_in_use_is_refused_with_its_code(tmp_path):
+    cases = {
+        "EPMQ-F06": torch.ones(2, 3, dtype=torch.int32),
+        "EPMQ-F03": torch.ones(3, 2),
+    }
+    for code, tensor in cases.items():
+        folder = expert(tmp_path / code, {"layer.proj.weight": tensor})
+        with pytest.raises(EPMQInputError, match=r"`layer.proj.weight` has") as caught:
+            Experts({"x": folder}).bind([LINEAR])
+        assert caught.value.code == code and caught.value.subject == "expert `x`"
+    packed = expert(tmp_path / "q", {"layer.proj.qweight": torch.ones(1)})
+    with pytest.raises(EPMQInputError, match="already quantized") as caught:
+        Experts({"x": packed})
+    assert caught.value.code == "EPMQ-F07"
+
+
+def test_one_entry_of_a_stack_is_read_alone(tmp_path, monkeypatch):
+    stack = torch.arange(4 * 8 * 3.0).reshape(4, 8, 3)
+    folder = expert(tmp_path / "a", {"experts.gate_up_proj": stack})
+    linear = Linear(
+        "experts.2.up_proj",
+        (4, 3),
+        ("experts.2.up_proj.weight",),
+        joined=(StoredWeight("experts.gate_up_proj", index=2, part=1),),
+    )
+    experts = Experts({"x": folder})
+    experts.bind([linear])
+    monkeypatch.setattr(experts.store("x"), "read", None)
+    delta = experts.delta("x", "experts.2.up_proj", torch.zeros(4, 3))
+    assert torch.equal(delta.dense, stack[2, 4:])
+    assert torch.equal(experts.rows("x", "experts.2.up_proj", 1, 3), stack[2, 5:7])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

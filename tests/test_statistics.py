@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from epmq_gptq.errors import EPMQNumericalError
-from epmq_gptq.statistics import GroupStatistics
+from epmq_gptq.statistics import GroupStatistics, WeightDelta
 
 WIDTH, OUT = 12, {"q": 8, "k": 4}
 
@@ -24,7 +24,7 @@ def data(experts: int = 3, seed: int = 0):
 
 
 def statistics(merged, weights) -> GroupStatistics:
-    return GroupStatistics(WIDTH, OUT, lambda m, e: weights[m, e] - merged[m])
+    return GroupStatistics(WIDTH, OUT, lambda m, e: WeightDelta(weights[m, e] - merged[m], None))
 
 
 def exact(merged, weights, inputs):
