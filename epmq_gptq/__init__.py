@@ -14,6 +14,7 @@ from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
 if TYPE_CHECKING:
     from .config import EPMQConfig
     from .report import ModuleReport, QuantizationReport
+    from .rows import RowSource
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "EPMQNumericalError",
     "ModuleReport",
     "QuantizationReport",
+    "RowSource",
     "__version__",
 ]
 
@@ -41,4 +43,8 @@ def __getattr__(name: str):
         from . import report
 
         return getattr(report, name)
+    if name == "RowSource":
+        from .rows import RowSource
+
+        return RowSource
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import torch
 from .checkpoints import Checkpoint
 from .errors import EPMQInputError
 from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_refusal, list_folder, read_json
-from .linears import Linear
+from .linears import Linear, StoredWeight, piece, resolve
 from .state_dicts import StateDict
 
 _PREFIX = "base_model.model."
@@ -126,8 +126,10 @@ class Adapter:
         """The adapted modules, by the names they had in training."""
         return list(self._names)
 
-    def bind(self, linears: Iterable[Linear], known: Checkpoint | StateDict) -> dict[str, str]:
-        """Which adapted module is which linear layer: full name → the adapter's name.
+    def bind(
+        self, linears: Iterable[Linear], known: Checkpoint | StateDict
+    ) -> dict[str, StoredWeight]:
+        """Which adapted module, or which half of its rows, is which linear layer, by full name.
 
         Args:
             linears: of the merged model.
@@ -137,22 +139,23 @@ class Adapter:
         Raises:
             EPMQInputError: shapes that do not fit, or an adapted module that nobody knows.
         """
-        bound: dict[str, str] = {}
+        bound: dict[str, StoredWeight] = {}
         for linear in linears:
-            names = (linear.name, *(name.removesuffix(".weight") for name in linear.tensors))
-            module = next((name for name in names if name in self._names), None)
-            if module is None:
+            place = next((p for p in _modules(linear) if p.tensor in self._names), None)
+            if place is None:
                 continue
+            module = place.tensor
             A, B = (self.tensors.info(self._names[module][kind]).shape for kind in "AB")
-            if (B[0], A[1]) != (linear.outputs, linear.inputs):
+            shape = piece((B[0], A[1]), place)
+            if shape != (linear.outputs, linear.inputs):
                 raise self._refusal(
-                    f"`{module}`: B A has shape {(B[0], A[1])}, the merged model's "
+                    f"`{module}`: B A has shape {shape}, the merged model's "
                     f"`{linear.name}` has {(linear.outputs, linear.inputs)}.",
                     f"module `{module}`",
                     "Give the adapter of the same base.",
                 )
-            bound[linear.name] = module
-        for module in set(self._names) - set(bound.values()):
+            bound[linear.name] = place
+        for module in set(self._names) - {place.tensor for place in bound.values()}:
             if f"{module}.weight" not in known and module not in known:
                 raise self._refusal(
                     f"it adapts `{module}`, which neither its base nor the merged model has.",
@@ -161,14 +164,20 @@ class Adapter:
                 )
         return bound
 
-    def update(self, module: str) -> Update:
-        """The factors of one adapted module, scaled (PEFT's rules: rsLoRA, rank and alpha)."""
-        names = self._names[module]
+    def replacement(self, linear: Linear) -> StoredWeight | None:
+        """The whole weight that it keeps of this layer (`modules_to_save`), if it does."""
+        place = resolve(linear, self.replaced)
+        return place and dataclasses.replace(place, tensor=self.replaced[place.tensor])
+
+    def update(self, place: StoredWeight) -> Update:
+        """The factors of what ``bind`` found, scaled (PEFT's rules: rsLoRA, rank and alpha)."""
+        names = self._names[place.tensor]
         A = self.tensors.read(names["A"]).float()
-        B = self.tensors.read(names["B"]).float() * self._scale(module)
+        B = piece(self.tensors.read(names["B"]), place).float() * self._scale(place.tensor)
         magnitude = names.get("magnitude")
         if magnitude is not None:
-            return Update(A, B, self.tensors.read(magnitude).float().reshape(-1))
+            magnitude = self.tensors.read(magnitude).float().reshape(-1)
+            return Update(A, B, piece(magnitude, place))
         return Update(A, B, None)
 
     def digest(self) -> str:
@@ -251,6 +260,14 @@ class _AdapterFile(Checkpoint):
         self._index = None
         self._check_shard_name(ADAPTER_WEIGHTS)
         return [ADAPTER_WEIGHTS]
+
+
+def _modules(linear: Linear) -> Iterator[StoredWeight]:
+    """The modules that an adapter of this layer may have adapted, joined ones too."""
+    yield StoredWeight(linear.name)
+    for place in linear.stored:
+        if place.index is None:
+            yield StoredWeight(place.tensor.removesuffix(".weight"), part=place.part)
 
 
 def is_adapter(folder: Path, *, what: str) -> bool:

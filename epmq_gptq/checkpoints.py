@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import EPMQInputError
+from .errors import EPMQInputError, EPMQWarning
 from .folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -35,6 +35,7 @@ from .folders import (
     read_json,
     reason_of,
 )
+from .hub import fetch, listed_files, local_folder, parse_hub_id
 
 # Far above any model in use; what a header may make us hold in memory.
 MAX_TENSORS = 1_000_000
@@ -42,7 +43,6 @@ MAX_TENSORS = 1_000_000
 MAX_INDEX_BYTES = 100_000_000
 # Files besides `config.json` that a host reads before anything else, and must be able to.
 _CONFIGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -96,7 +96,7 @@ def resolve_source(spec: str | Path, *, what: str, require_pinned: bool = False)
     """Turn a local folder or a hub id ``org/name[@revision]`` into a local folder.
 
     An existing path wins over a hub id of the same spelling. From a hub only configuration,
-    tokenizer and safetensors files are fetched.
+    tokenizer and safetensors files are fetched; one without a commit is named in a warning.
 
     Args:
         spec: the folder or hub id.
@@ -104,41 +104,26 @@ def resolve_source(spec: str | Path, *, what: str, require_pinned: bool = False)
         require_pinned: refuse a hub id whose revision is not a 40-digit commit.
 
     Raises:
-        EPMQInputError: neither a folder nor a hub id that can be fetched or found in the cache.
+        EPMQInputError: neither a folder nor a hub id that can be fetched or found in the cache, or
+            a repository whose weights are in another format than safetensors.
     """
     text = str(spec)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return describe_source(path)
-    if path.exists():
-        raise EPMQInputError(f"{what}: `{text}` is a file, not a checkpoint folder.")
-    repo, _, revision = text.partition("@")
-    if text.startswith(("/", ".", "~")) or repo.count("/") != 1 or "\\" in text:
-        raise EPMQInputError(
-            f"{what}: `{text}` is neither an existing folder nor a hub id of the form "
-            "`org/name@revision`."
+    local = local_folder(text, what)
+    if local is not None:
+        return describe_source(local)
+    fetched = fetch(text, what=what, patterns=HUB_PATTERNS, require_pinned=require_pinned)
+    if not any(fetched.folder.glob("*.safetensors")):
+        raise no_weights(Path(fetched.repository), listed_files(fetched), what)
+    asked = parse_hub_id(text)
+    if not asked.is_pinned:
+        warnings.warn(
+            EPMQWarning(
+                f"{what}: `{text}` is not pinned; today it is `{asked.at(fetched.commit)}`.",
+                code="EPMQ-F16",
+            ),
+            stacklevel=2,
         )
-    if require_pinned and not _COMMIT.fullmatch(revision):
-        raise EPMQInputError(
-            f"{what}: `{text}` is not pinned to a commit, and `require_pinned` is on.",
-            code="EPMQ-F16",
-            subject=what,
-            remedy="Write `org/name@` and the 40 digits of the commit.",
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=list(HUB_PATTERNS))
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EPMQInputError(
-            f"{what}: `{text}` could not be fetched from the hub and is not in its cache: {reason}"
-        ) from error
-    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision or None
-    return Source(text, repo, commit, folder)
+    return Source(text, fetched.repository, fetched.commit, fetched.folder)
 
 
 def describe_source(path: Path) -> Source:

@@ -6,6 +6,7 @@ should not have to wait for it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,14 @@ import typer
 from rich.table import Table
 
 from . import __version__
-from .console import Reporter
+from .console import EXIT_INPUT, Reporter
 from .demo.options import ALPHA as DEMO_ALPHA
-from .errors import EPMQInputError
+from .errors import EPMQError, EPMQInputError
+from .lineage import Given
 from .options import parse_yaml
-from .recipe import Recipe, recipe_help
+from .recipe import recipe_help
 from .summary import columns, folder_size, human_size, print_summary
+from .targets import check_file, read_target, write_draft
 
 app = typer.Typer(
     name="epmq-gptq",
@@ -62,8 +65,39 @@ def _root(
 
 @app.command(epilog=_RECIPE_HELP)
 def quantize(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; its keys are below.")],
-    out: Out,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe (YAML file; its keys are below), or a merged model: folder or hub id."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the new checkpoint.")] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a merged model: name=SPEC per expert, SPEC being a file, data_free, or what a "
+            "recipe has there ('{dataset: org/x, samples: 128}'); or one YAML file with all."
+        ),
+    ] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a merged model: name=folder or name=org/model@revision; repeatable."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Of a merged model: what the experts were fine-tuned from.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Of a merged model: key=value under `quantize`; repeatable."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a merged model: `dtype` of a recipe.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a merged model: `seed` of a recipe.")] = None,
+    write_recipe: Annotated[
+        Path | None,
+        typer.Option(help="Of a merged model: write what is known as a recipe, and stop."),
+    ] = None,
     overwrite: Overwrite = False,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; default: a GPU where torch sees one.")
@@ -77,13 +111,33 @@ def quantize(
     full: Annotated[bool, typer.Option("--full", help="Show every layer, however many.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Quantize the merged model of a recipe towards its experts."""
+    """Quantize a merged model towards its experts: one with a recipe, or one that says itself
+    what it was merged from (mergekit's configuration, a model card)."""
     reporter = Reporter(verbose=verbose)
-    with reporter.exit_codes():
+    with reporter.exit_codes(lambda error: _write_error(json_report, error)):
+        if json_report is not None:
+            check_file(json_report, "--json")
+        given = Given(
+            experts=_pairs(expert or [], "--expert"),
+            base=base,
+            calibration=tuple(calibration or ()),
+            quantize=_values(setting or [], "--set"),
+            dtype=dtype,
+            seed=seed,
+        )
+        if write_recipe is not None:
+            write_draft(target, given, write_recipe, reporter, overwrite=overwrite)
+            return
+        if out is None:
+            raise EPMQInputError(
+                "`--out` is missing: the folder of the new checkpoint.",
+                code="EPMQ-O01",
+                subject="`--out`",
+                remedy="Give a folder that is new or empty.",
+            )
         from .pipeline import RunOptions, quantize_recipe
 
-        _check_report_file(json_report)
-        read = Recipe.from_file(recipe)
+        read = read_target(target, given, reporter)
         result = quantize_recipe(read, RunOptions(out, overwrite, device, batch_size), reporter)
         print_summary(reporter.out, result.report, result.rows, full=full)
         _print_checkpoint(reporter, out)
@@ -100,9 +154,12 @@ def quantize(
             reporter.step("report", str(json_report))
 
 
-def _check_report_file(file: Path | None) -> None:
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise EPMQInputError(f"`--json`: `{file}` should be a file in a folder that exists.")
+def _write_error(file: Path | None, error: EPMQError) -> None:
+    """What scripts read when there is no report; the place itself may be what is wrong."""
+    if file is not None:
+        with contextlib.suppress(OSError):
+            text = json.dumps({"epmq_gptq": __version__, "error": error.to_dict()}, indent=2)
+            file.write_text(text + "\n", encoding="utf-8")
 
 
 def _print_checkpoint(reporter: Reporter, out: Path) -> None:
@@ -134,9 +191,7 @@ def merge(
     reporter = Reporter(verbose=verbose)
     with reporter.exit_codes():
         experts = _pairs(expert, "--expert")
-        parameters = {
-            key: parse_yaml(value) for key, value in _pairs(param or [], "--param").items()
-        }
+        parameters = _values(param or [], "--param")
         with reporter.quiet_host():
             from .pipeline import check_free, merge_with_progress
 
@@ -164,11 +219,98 @@ def _pairs(values: list[str], option: str) -> dict[str, str]:
     for value in values:
         name, equals, text = value.partition("=")
         if not (name and equals and text):
-            raise EPMQInputError(f"`{option}` should be of the form name=value, got `{value}`.")
+            raise EPMQInputError(
+                f"`{option}` should be of the form name=value, got `{value}`.",
+                code="EPMQ-O01",
+                subject=f"`{option}`",
+                remedy="Write it so, without spaces around the sign.",
+            )
         if name in pairs:
-            raise EPMQInputError(f"`{option}`: `{name}` is given twice; keep one.")
+            raise EPMQInputError(
+                f"`{option}`: `{name}` is given twice.",
+                code="EPMQ-O01",
+                subject=f"`{option}`",
+                remedy="Keep one.",
+            )
         pairs[name] = text
     return pairs
+
+
+def _values(values: list[str], option: str) -> dict[str, Any]:
+    """``key=value`` options as a dict; values are read as YAML."""
+    result = {}
+    for key, value in _pairs(values, option).items():
+        try:
+            result[key] = parse_yaml(value)
+        except EPMQInputError as error:
+            raise error.within(f"`{option} {key}`") from error
+    return result
+
+
+@app.command()
+def inspect(
+    target: Annotated[
+        str, typer.Argument(help="A recipe (YAML file), or a merged model: folder or hub id.")
+    ],
+    verify: Annotated[
+        str,
+        typer.Option(
+            help="headers: no weights; sample: up to 32 MB of each model; full: all weights, and "
+            "NaN and infinities are counted."
+        ),
+    ] = "sample",
+    json_report: Annotated[
+        Path | None, typer.Option("--json", help="Write everything to this file; - for stdout.")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="Of a merged model: as in `quantize`; repeatable.")
+    ] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(help="Of a merged model: as in `quantize`; repeatable.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Of a merged model: as in `quantize`.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value under `quantize`, over a recipe's; repeatable."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="That the run would take: for the estimate of its time.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Say what is wrong with the inputs of a run, and what it would cost, without running it.
+
+    Exits with 2 where a run cannot succeed."""
+    reporter = Reporter(verbose=verbose)
+    is_piped = str(json_report) == "-"
+    file = None if is_piped else json_report
+    console = reporter.out
+    if is_piped:
+        reporter.out = reporter.err
+    with reporter.exit_codes(lambda error: _write_error(file, error)):
+        if file is not None:
+            check_file(file, "--json")
+        given = Given(
+            experts=_pairs(expert or [], "--expert"),
+            base=base,
+            calibration=tuple(calibration or ()),
+            quantize=_values(setting or [], "--set"),
+        )
+        with reporter.quiet_host():
+            from .preflight.inspection import inspect as inspect_subject
+            from .preflight.inspection import read_subject
+            from .preflight.table import print_preflight
+
+            subject = read_subject(target, given, reporter)
+            result = inspect_subject(subject, verify=verify, device=device)
+        if is_piped:
+            console.print_json(data=result.to_dict())
+        else:
+            print_preflight(console, result)
+        if file is not None:
+            file.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if result.errors:
+            raise SystemExit(EXIT_INPUT)
 
 
 @app.command()
@@ -222,7 +364,13 @@ def demo(
         check_bits = {"bits": bits, "group_size": group_size}
         for name, value in check_bits.items():
             if value < 1:
-                raise EPMQInputError(f"`--{name.replace('_', '-')}` should be positive.")
+                option = f"`--{name.replace('_', '-')}`"
+                raise EPMQInputError(
+                    f"{option} should be positive, got {value}.",
+                    code="EPMQ-F33",
+                    subject=option,
+                    remedy="Leave it out for the default.",
+                )
         from .demo import DemoOptions, run_demo
 
         options = DemoOptions(

@@ -19,7 +19,7 @@ from gptqmodel.quantization.config import GPTQConfig
 
 from .errors import EPMQInputError
 from .memory import InMemoryExpert, in_memory, is_in_memory
-from .options import closest, parse_yaml
+from .options import bad_option, closest, parse_yaml, shown
 from .weighting import WEIGHTINGS
 
 CONFIG_VERSION = 1
@@ -120,7 +120,7 @@ class EPMQConfig(GPTQConfig):
         self.experts = _check_experts(self.experts)
         self.alpha = _check_alpha(self.alpha, "alpha")
         if not isinstance(self.alpha_pattern, Mapping):
-            raise _bad_option(
+            raise bad_option(
                 "alpha_pattern", "a mapping of module patterns to alphas", self.alpha_pattern
             )
         self.alpha_pattern = {
@@ -146,21 +146,21 @@ class EPMQConfig(GPTQConfig):
 
     def _check_choices(self) -> None:
         if self.on_bad_module not in ("raise", "rtn"):
-            raise _bad_option("on_bad_module", '"raise" or "rtn"', self.on_bad_module)
+            raise bad_option("on_bad_module", '"raise" or "rtn"', self.on_bad_module)
         if self.base is not None and (
             not isinstance(self.base, (str, Path)) or not str(self.base).strip()
         ):
-            raise _bad_option("base", "a folder or a hub id", self.base)
+            raise bad_option("base", "a folder or a hub id", self.base)
         self.base = None if self.base is None else str(self.base)
         for name in ("allow_duplicates", "require_pinned"):
             if not isinstance(getattr(self, name), bool):
-                raise _bad_option(name, "True or False", getattr(self, name))
+                raise bad_option(name, "True or False", getattr(self, name))
 
     def _check_weighting(self) -> None:
         if self.weighting not in WEIGHTINGS:
-            raise _bad_option("weighting", f"one of {', '.join(WEIGHTINGS)}", self.weighting)
+            raise bad_option("weighting", f"one of {', '.join(WEIGHTINGS)}", self.weighting)
         if not isinstance(self.expert_weights, Mapping):
-            raise _bad_option(
+            raise bad_option(
                 "expert_weights", "a mapping of experts to numbers", self.expert_weights
             )
         weights = {}
@@ -169,17 +169,17 @@ class EPMQConfig(GPTQConfig):
             option = f"expert_weights[{name!r}]"
             weights[name] = _number(value, option)
             if weights[name] <= 0:
-                raise _bad_option(
+                raise bad_option(
                     option, "above 0", value, "Leave out an expert that should not count."
                 )
         self.expert_weights = weights
         if isinstance(self.data_free, str) or not isinstance(self.data_free, (list, tuple)):
-            raise _bad_option("data_free", "a list of experts' names", self.data_free)
+            raise bad_option("data_free", "a list of experts' names", self.data_free)
         self.data_free = list(dict.fromkeys(self.data_free))
         for name in self.data_free:
             self._check_known(name, "data_free")
         if len(self.data_free) == len(self.experts):
-            raise _bad_option(
+            raise bad_option(
                 "data_free",
                 "some of the experts",
                 self.data_free,
@@ -206,9 +206,9 @@ class EPMQConfig(GPTQConfig):
 
     def _check_grid(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in BITS:
-            raise _bad_option("bits", f"one of {list(BITS)}", self.bits, code="EPMQ-F33")
+            raise bad_option("bits", f"one of {list(BITS)}", self.bits, code="EPMQ-F33")
         if self.group_size not in GROUP_SIZES:
-            raise _bad_option(
+            raise bad_option(
                 "group_size", f"one of {list(GROUP_SIZES)}", self.group_size, code="EPMQ-F33"
             )
         if self.group_size == -1 and self.act_group_aware is None:
@@ -258,6 +258,16 @@ class EPMQConfig(GPTQConfig):
             if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
                 return alpha
         return self.alpha
+
+    def close(self) -> None:
+        """Remove the temporary folder to which the host moves finished layers.
+
+        It otherwise stays as long as this object does. A model that was quantized with this
+        configuration cannot be saved any more.
+        """
+        folder = getattr(self, "_offload_temp_dir", None)
+        if folder is not None:
+            folder.cleanup()
 
     # ---- standard GPTQ checkpoint --------------------------------------------------------------
 
@@ -327,21 +337,10 @@ class EPMQConfig(GPTQConfig):
         return cls.from_options(_parsed(parse_yaml, text, "YAML"))
 
 
-def _bad_option(
-    option: str, rule: str, got: Any, remedy: str = "", code: str = "EPMQ-O01"
-) -> EPMQInputError:
-    return EPMQInputError(
-        f"`{option}` should be {rule}, got {got!r}.",
-        code=code,
-        subject=f"`{option}`",
-        remedy=remedy or f"Set `{option}` to such a value, or leave it out for the default.",
-    )
-
-
 def _check_experts(experts: Any) -> dict[str, str | InMemoryExpert]:
     if not isinstance(experts, Mapping) or not experts:
         raise EPMQInputError(
-            f"`experts` should map at least one expert's name to its model, got {experts!r}.",
+            f"`experts` should map at least one expert's name to its model, got {shown(experts)}.",
             code="EPMQ-F20",
             subject="`experts`",
             remedy='For example `experts={"math": "org/math-expert@revision"}`.',
@@ -365,7 +364,7 @@ def _check_experts(experts: Any) -> dict[str, str | InMemoryExpert]:
         else:
             raise EPMQInputError(
                 f"`experts[{name!r}]` should be a folder, a hub id, a model or a state dict, got "
-                f"{source!r}.",
+                f"{shown(source)}.",
                 code="EPMQ-O01",
                 subject=f"expert `{name}`",
                 remedy="Give one of them.",
@@ -375,10 +374,10 @@ def _check_experts(experts: Any) -> dict[str, str | InMemoryExpert]:
 
 def _number(value: Any, option: str, code: str = "EPMQ-O01") -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _bad_option(option, "a number", value, code=code)
+        raise bad_option(option, "a number", value, code=code)
     value = float(value)
     if not math.isfinite(value) or value < 0:
-        raise _bad_option(option, "finite and not negative", value, code=code)
+        raise bad_option(option, "finite and not negative", value, code=code)
     return value
 
 

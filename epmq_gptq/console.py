@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .errors import EPMQError, EPMQInputError, EPMQNumericalError
+from .errors import EPMQError, EPMQInputError, EPMQNumericalError, EPMQWarning
 
 EXIT_FAILED, EXIT_INPUT, EXIT_NUMERICAL, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -135,10 +136,15 @@ class Reporter:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def error(self, message: str) -> None:
-        """One line on stderr, whatever the message holds."""
-        line = f"error: {' '.join(message.split())}"
+    def error(self, message: str, code: str = "") -> None:
+        """One line on stderr, whatever the message holds; ends with the code, if there is one."""
+        line = f"error: {' '.join(message.split())}" + (f" [{code}]" if code else "")
         self.err.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+    def warning(self, message: str, code: str) -> None:
+        """One line on stderr about something that works and deserves a look."""
+        line = f"warning: {' '.join(message.split())} [{code}]"
+        self.err.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def note(self, message: str) -> None:
         """A line on stderr that is no error."""
@@ -151,20 +157,42 @@ class Reporter:
             yield
 
     @contextlib.contextmanager
-    def exit_codes(self) -> Iterator[None]:
+    def _own_warnings(self) -> Iterator[None]:
+        """Print our warnings as lines of ours, each once; all others go where they went."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", EPMQWarning)
+            others, seen = warnings.showwarning, set()
+
+            def show(message, category, *where, **options) -> None:
+                if not isinstance(message, EPMQWarning):
+                    others(message, category, *where, **options)
+                elif str(message) not in seen:
+                    seen.add(str(message))
+                    self.warning(str(message), message.code)
+
+            warnings.showwarning = show
+            yield
+
+    @contextlib.contextmanager
+    def exit_codes(self, on_error: Callable[[EPMQError], None] | None = None) -> Iterator[None]:
         """Turn what goes wrong into one line and an exit code.
+
+        Args:
+            on_error: called with an error of ours before it is printed.
 
         Raises:
             SystemExit: 2 a mistake in the input, 3 numbers that cannot be trusted, 1 anything else,
                 130 an interrupt.
         """
         try:
-            with self._remembered_interrupts():
+            with self._remembered_interrupts(), self._own_warnings():
                 yield
         except EPMQError as error:
             if self.verbose:
                 self._traceback()
-            self.error(str(error))
+            if on_error is not None:
+                on_error(error)
+            self.error(str(error), error.code)
             code = EXIT_FAILED
             if isinstance(error, EPMQInputError):
                 code = EXIT_INPUT
@@ -189,7 +217,7 @@ class Reporter:
             return
         hint = "run again with --verbose for the traceback and GPTQModel's log."
         if name == "OutOfMemoryError":
-            hint = "lower `--batch-size` or `max_tokens`; " + hint
+            hint = "lower `--batch-size` or `seqlen`; " + hint
         self.error(f"{name}: {error} ({hint})")
         for line in list(self.host.alarms)[-10:]:
             self.note(f"  GPTQModel: {line}")

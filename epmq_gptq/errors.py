@@ -31,6 +31,7 @@ CODES: dict[str, str] = {
     "EPMQ-F16": "a hub id is not pinned, or cannot be had",
     "EPMQ-F17": "two experts are the same",
     "EPMQ-F18": "an expert equals the base or the merge",
+    "EPMQ-F19": "an expert has nothing to do with the merge, or undoes another",
     "EPMQ-F20": "there is no expert",
     "EPMQ-F21": "experts and calibration name different experts",
     "EPMQ-F22": "an expert has no usable calibration row",
@@ -62,6 +63,9 @@ CODES: dict[str, str] = {
     "EPMQ-S01": "what was written does not read back as it should",
 }
 
+# Codes of the table that nothing raises or reports yet.
+RESERVED: frozenset[str] = frozenset()
+
 
 class EPMQError(Exception):
     """Base of every error that epmq_gptq raises on purpose.
@@ -73,12 +77,12 @@ class EPMQError(Exception):
         remedy: what to do about it; ends with a full stop.
     """
 
-    def __init__(self, cause: str, *, code: str = "", subject: str = "", remedy: str = ""):
-        assert not code or code in CODES, code
+    def __init__(self, cause: str, *, code: str, subject: str, remedy: str):
+        assert code in CODES, code
         self.code = code
         # Paths, tensor names and other people's messages may hold line breaks; an error has none.
         self.cause, self.subject, self.remedy = map(_one_line, (cause, subject, remedy))
-        super().__init__(f"{self.cause} {self.remedy}" if self.remedy else self.cause)
+        super().__init__(f"{self.cause} {self.remedy}")
 
     def to_dict(self) -> dict[str, str]:
         """The four parts as plain data."""
@@ -129,3 +133,16 @@ class EPMQNumericalError(EPMQError, ArithmeticError):
 
 class EPMQHostError(EPMQError, RuntimeError):
     """The installed GPTQModel is not one that epmq_gptq was tested with."""
+
+
+class EPMQWarning(UserWarning):
+    """Something that works and that deserves a look.
+
+    Attributes:
+        code: one of :data:`CODES`.
+    """
+
+    def __init__(self, text: str, *, code: str):
+        assert code in CODES, code
+        super().__init__(_one_line(text))
+        self.code = code

@@ -46,6 +46,10 @@ class Expert:
     base: Source | None = None
     adapter: Adapter | None = None
 
+    def replacement(self, linear: Linear) -> StoredWeight | None:
+        """Where the adapter keeps the whole weight of this layer, if it does."""
+        return None if self.adapter is None else self.adapter.replacement(linear)
+
 
 class Experts:
     """The K experts of one run.
@@ -67,7 +71,8 @@ class Experts:
         self._experts: dict[str, Expert] = {}
         self._bound: dict[str, Linear] = {}
         self._stored: dict[tuple[str, str], StoredWeight] = {}  # (expert, module) -> where
-        self._adapted: dict[str, dict[str, str]] = {}  # expert -> module -> the adapter's name
+        # Expert -> module -> what its adapter calls it.
+        self._adapted: dict[str, dict[str, StoredWeight]] = {}
         self._stores: dict[Path, Checkpoint] = {}  # adapters share their base
         # Several devices may fold at once; a memory-mapped shard is read by one thread at a time.
         self._lock = threading.RLock()
@@ -121,13 +126,12 @@ class Experts:
             _refuse_quantized(spec.store, what)
             return Expert(source, spec.store, source if spec.adapter else None, spec.adapter)
         base_spec, adapter_spec = split_adapter(str(spec))
+        source = self._resolve(adapter_spec or base_spec, what)
         if adapter_spec is None:
-            source = self._resolve(base_spec, what)
             if not is_adapter(source.path, what=what):
                 return Expert(source, self._checkpoint(source, what))
-            adapter_spec, base_spec = base_spec, None
-        source = self._resolve(adapter_spec, what)
-        if not is_adapter(source.path, what=what):
+            base_spec = None
+        elif not is_adapter(source.path, what=what):
             raise EPMQInputError(
                 f"{what}: `{source.name}` holds no `{ADAPTER_CONFIG}`, so it is no LoRA adapter.",
                 code="EPMQ-F34",
@@ -197,7 +201,7 @@ class Experts:
                 self._adapted[name] = expert.adapter.bind(self._bound.values(), expert.store)
 
     def _find(self, expert: Expert, linear: Linear) -> StoredWeight:
-        stored = _replacement(expert, linear)
+        stored = expert.replacement(linear)
         store = expert.adapter.tensors if stored is not None else expert.store
         return find_weight(store, linear, stored)
 
@@ -225,7 +229,7 @@ class Experts:
         """``W_i − W_0`` of one layer, W_0 being the weight of ``base``."""
         assert self.base is not None
         expert = self._experts[name]
-        if expert.store is self.base[0] and _replacement(expert, self._bound[module]) is None:
+        if expert.store is self.base[0] and expert.replacement(self._bound[module]) is None:
             update = self._update(name, module, device)
             if update is None or update.magnitude is None:
                 low_rank = None if update is None else (update.B, update.A)
@@ -249,9 +253,11 @@ class Experts:
             update = self._update(name, module, "cpu")
         if update is None:
             return W
-        W += update.B[start:stop] @ update.A
+        # Not in place: the rows of an fp32 checkpoint are the mapped file itself, and the base of
+        # other experts.
+        W = W + update.B[start:stop] @ update.A
         if update.magnitude is not None:
-            W *= (update.magnitude[start:stop] / W.norm(dim=1))[:, None]
+            W = W * (update.magnitude[start:stop] / W.norm(dim=1))[:, None]
         return W
 
     def check(self, name: str, module: str) -> None:
@@ -276,7 +282,7 @@ class Experts:
                 expert.adapter.close()
 
     def _store_of(self, expert: Expert, linear: Linear) -> Any:
-        replaced = _replacement(expert, linear) is not None
+        replaced = expert.replacement(linear) is not None
         return expert.adapter.tensors if replaced else expert.store
 
     def _update(self, name: str, module: str, device: torch.device | str) -> Update | None:
@@ -351,13 +357,6 @@ def find_weight(store: Any, linear: Linear, only: StoredWeight | None = None) ->
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _REMEDY = "An expert must hold every linear layer of the merged model."
-
-
-def _replacement(expert: Expert, linear: Linear) -> StoredWeight | None:
-    """The whole weight that an adapter keeps of this layer (`modules_to_save`), if it does."""
-    replaced = expert.adapter.replaced if expert.adapter is not None else {}
-    tensor = next((replaced[name] for name in linear.tensors if name in replaced), None)
-    return None if tensor is None else StoredWeight(tensor)
 
 
 def _read(store: Any, stored: StoredWeight) -> torch.Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Formats of other programs, as far as people leave them alone in a folder.
 OTHER_SUFFIXES = (".gguf", ".h5", ".msgpack", ".onnx")
 
-# What a checkpoint needs to be read as a model; never code, never pickle.
+# What a checkpoint needs to be read as a model, and how it was merged; never code, never pickle.
 HUB_PATTERNS = (
     "*.json",
+    "mergekit_config.yml",
     "*.safetensors",
     "*.txt",
     "*.jinja",
@@ -30,8 +33,8 @@ HUB_PATTERNS = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-# Also read by transformers where it is there.
-_TEMPLATES = "additional_chat_templates/*"
+# A folder in it that transformers reads as well.
+_TEMPLATES = "additional_chat_templates"
 
 # Bytes of a configuration; the largest in use (tokenizer_config.json) have one or two million.
 MAX_CONFIG_BYTES = 10_000_000
@@ -114,16 +117,27 @@ def check_file(folder: Path, name: str, what: str) -> Path:
     return file
 
 
+def matching(folder: Path, patterns: Iterable[str], what: str) -> list[str]:
+    """The names in ``folder`` that fit one of ``patterns``, without those of folders.
+
+    Unlike ``Path.glob`` this also finds links that lead nowhere.
+    """
+    names = sorted(list_folder(folder, what))
+    fitting = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+    return [name for name in fitting if not (folder / name).is_dir()]
+
+
 def check_links(folder: Path, what: str) -> None:
     """Refuse a folder of which a host would read a file that is not in it.
 
     Raises:
         EPMQInputError: as :func:`check_file`, for any file that transformers or GPTQModel read.
     """
-    for pattern in (*HUB_PATTERNS, _TEMPLATES):
-        for file in sorted(folder.glob(pattern)):
-            if not file.is_dir():
-                check_file(folder, str(file.relative_to(folder)), what)
+    names = matching(folder, HUB_PATTERNS, what)
+    if (folder / _TEMPLATES).is_dir():
+        names += [f"{_TEMPLATES}/{name}" for name in matching(folder / _TEMPLATES, "*", what)]
+    for name in names:
+        check_file(folder, name, what)
 
 
 def read_json(

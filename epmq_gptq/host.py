@@ -12,7 +12,6 @@ import os
 import time
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from gptqmodel import GPTQModel
@@ -20,19 +19,21 @@ from gptqmodel.looper.gptq_processor import GPTQProcessor
 from gptqmodel.looper.module_looper import ModuleLooper
 from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
-from gptqmodel.utils.calibration import prepare_calibration_dataset
+from gptqmodel.utils.structure import LazyTurtle
 
 from .calibration import CalibrationPlan, plan_calibration
 from .checkpoints import Checkpoint, check_folder, resolve_source
 from .config import EPMQConfig
 from .errors import EPMQHostError, EPMQInputError
 from .experts import Experts
-from .linears import Linear
-from .model_linears import quantizable_linears
+from .model_linears import check_architecture, check_head, quantizable_linears
+from .preflight.runs import run_preflight
 from .processor import EPMQProcessor
 from .provenance import provenance
 from .report import QuantizationReport
+from .row_sets import read_calibration
 from .saving import save_whole
+from .tokens import TokenCalibration, TokenRules, encode_calibration
 from .weighting import Weighting
 
 TESTED = ((7, 6), (7, 7))  # first and last minor version of GPTQModel
@@ -57,13 +58,21 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "load merged": (GPTQModel, "from_pretrained", ("model_id_or_path", "quantize_config")),
     "save": (BaseQModel, "save", ("save_dir",)),
     "definition": (BaseQModel, "simple_layer_modules", ("model_config", "quantize_config")),
+    "names": (LazyTurtle, "_checkpoint_tensor_candidates", ("module_path", "rel_name")),
+    "source of names": (
+        LazyTurtle,
+        "maybe_create",
+        (
+            "model_local_path",
+            "config",
+            "module_tree",
+            "hf_conversion_map_reversed",
+            "target_model",
+        ),
+    ),
+    "renamings": (BaseQModel, "resolve_hf_conversion_map_reversed", ("target_model",)),
     "loop": (ModuleLooper, "__init__", ("model", "processors")),
     "stop": (ModuleLooper, "_request_loop_stop", ("exc",)),
-    "rows": (
-        None,
-        "prepare_calibration_dataset",
-        ("calibration_dataset", "batch_size", "calibration_data_min_length"),
-    ),
     "task": (GPTQ, "quantize", ("blocksize",)),
     "factor": (GPTQ, "hessian_inverse", ("H",)),
     "nearest": (GPTQ, "_fallback_quantize", ("strategy", "blocksize", "target_device")),
@@ -96,11 +105,11 @@ def probe() -> None:
             remedy="Install one of these versions.",
         )
     for owner, name, parameters in LEANED_ON.values():
-        method = prepare_calibration_dataset if owner is None else getattr(owner, name, None)
+        method = getattr(owner, name, None)
         have = inspect.signature(method).parameters if method is not None else {}
         missing = [parameter for parameter in parameters if parameter not in have]
         if method is None or missing:
-            what = f"`{getattr(owner, '__name__', 'utils')}.{name}`"
+            what = f"`{owner.__name__}.{name}`"
             raise EPMQHostError(
                 f"{supported}; the installed {installed} has "
                 + (f"{what} without {missing}." if method is not None else f"no {what}."),
@@ -188,6 +197,7 @@ def quantize_with_experts(
     calibration,
     batch_size: int,
     calibration_sort: str | None = None,
+    calibration_concat_size: int | None = None,
     backend=None,
     **host_options,
 ) -> dict[str, Any]:
@@ -207,17 +217,25 @@ def quantize_with_experts(
             subject="`quantize`",
             remedy="Load the merged model again.",
         )
-    _check_host_options(calibration_sort, host_options)
+    _check_host_options(host_options)
+    check_architecture(model)
+    check_head(model)
     # Opened now, though only its digest is wanted at the end: what cannot be described is refused
     # before the work, not after it.
     merged = Checkpoint(str(model.model_local_path), what="the merged model")
     experts = Experts(config.experts, base=config.base, require_pinned=config.require_pinned)
     model.epmq_sources = {"merged model": merged.path} | experts.folders
     linears = list(quantizable_linears(model))
-    _check_linears(linears, config)
-    experts.bind(linears)
-
-    plan = _plan(model, experts, calibration, calibration_sort, batch_size)
+    plan = _plan(model, experts, calibration, calibration_sort, batch_size, calibration_concat_size)
+    checked = run_preflight(
+        config,
+        merged,
+        experts,
+        linears,
+        plan.tokens,
+        device=getattr(config.device, "value", None) or str(config.device or "cpu"),
+        dtype_bytes=next(model.model.parameters()).dtype.itemsize,
+    )
     processor = EPMQProcessor(
         plan=plan,
         experts=experts,
@@ -237,6 +255,8 @@ def quantize_with_experts(
         modules=sorted(processor.reports, key=lambda m: order.get(m.module, len(order))),
         rows=plan.rows,
         tokens=plan.tokens,
+        calibration=plan.calibration,
+        preflight=checked.to_dict(),
         seconds=time.perf_counter() - start,
         shared_groups=processor.shared_groups,
         shared_layers=processor.shared_layers,
@@ -248,36 +268,41 @@ def quantize_with_experts(
 
 
 def _plan(
-    model: BaseQModel, experts: Experts, calibration, sort: str | None, batch_size: int
+    model: BaseQModel,
+    experts: Experts,
+    calibration,
+    sort: str | None,
+    batch_size: int,
+    concat_size: int | None = None,
 ) -> CalibrationPlan:
-    # Without the model's configuration: the host would cut long rows and say so nowhere.
-    reader = SimpleNamespace(
-        tokenizer=model.tokenizer, support_batch_quantize=model.support_batch_quantize
-    )
-
-    def prepare(rows: list, rows_per_batch: int):
-        return prepare_calibration_dataset(
-            reader,
-            calibration_dataset=rows,
-            calibration_dataset_sort=sort,
-            batch_size=rows_per_batch,
-            calibration_data_min_length=0,
+    data_free = model.quantize_config.data_free
+    rules = TokenRules.of(model)
+    if not isinstance(calibration, TokenCalibration):
+        sets = read_calibration(
+            calibration, experts.names, data_free=data_free, concat_size=concat_size
         )
-
+        calibration = encode_calibration(sets, rules)
+    elif concat_size is not None:
+        raise EPMQInputError(
+            "`calibration_concat_size` came with rows that are tokens and blocks already.",
+            code="EPMQ-O03",
+            subject="`calibration_concat_size`",
+            remedy="Leave it out, or set `concat` and `seqlen` of the sources.",
+        )
+    calibration.check_experts(experts.names, data_free)
     return plan_calibration(
         calibration,
-        experts.names,
-        prepare,
         batch_size=batch_size,
+        sort=sort,
         pad=model.dynamic_expert_index is None,
-        context=context_length(model.model.config),
-        keep_end=getattr(model.tokenizer, "padding_side", "right") == "left",
+        masked=model.support_batch_quantize,
+        pad_id=rules.pad_id,
+        pads_left=rules.pads_left,
     )
 
 
 # Options of the host's quantize() that cannot go with experts, and what to do instead.
 _REFUSED_OPTIONS = {
-    "calibration_concat_size": "concatenate an expert's rows first",
     "calibration_concat_separator": "leave it out",
     "adapter_calibration_dataset": "leave it out",
     "embed_quant_config": "quantize embeddings in a later run",
@@ -285,7 +310,7 @@ _REFUSED_OPTIONS = {
 }
 
 
-def _check_host_options(calibration_sort: str | None, host_options: dict[str, Any]) -> None:
+def _check_host_options(host_options: dict[str, Any]) -> None:
     for option, value in host_options.items():
         if value is not None:
             remedy = _REFUSED_OPTIONS.get(option, "leave it out")
@@ -295,14 +320,6 @@ def _check_host_options(calibration_sort: str | None, host_options: dict[str, An
                 subject=f"`{option}`",
                 remedy=f"{remedy[0].upper()}{remedy[1:]}.",
             )
-    if calibration_sort not in (None, "asc", "desc"):
-        raise EPMQInputError(
-            '`calibration_sort` should be "asc", "desc" or None with EPMQConfig (rows are sorted '
-            f"within each expert), got {calibration_sort!r}.",
-            code="EPMQ-O01",
-            subject="`calibration_sort`",
-            remedy="Leave it out to keep the order of the rows.",
-        )
 
 
 def _loop(model: BaseQModel, processor: EPMQProcessor, backend) -> dict[str, Any]:
@@ -321,30 +338,3 @@ def _loop(model: BaseQModel, processor: EPMQProcessor, backend) -> dict[str, Any
         model.quantized = False
         raise
     return log
-
-
-def context_length(config) -> int | None:
-    """The most tokens a model takes at once, where its configuration says so."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _check_linears(linears: list[Linear], config: EPMQConfig) -> None:
-    if not linears:
-        raise EPMQInputError(
-            "no linear layer is left to quantize: `dynamic` excludes all of them.",
-            code="EPMQ-O03",
-            subject="`dynamic`",
-            remedy="Exclude fewer.",
-        )
-    for linear in linears:
-        group_size = config.dynamic_get(linear.name, "group_size", config.group_size)
-        if group_size > 0 and linear.inputs % group_size:
-            raise EPMQInputError(
-                f"`group_size` {group_size} does not divide the {linear.inputs} inputs of "
-                f"`{linear.name}`.",
-                code="EPMQ-F33",
-                subject="`group_size`",
-                remedy="Choose a divisor, or -1 for one group per row.",
-            )

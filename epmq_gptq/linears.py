@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Whole = TypeVar("Whole", torch.Tensor, tuple)
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,25 @@ def resolve(linear: Linear, store: Container[str]) -> StoredWeight | None:
     return next((place for place in linear.stored if place.tensor in store), None)
 
 
-def piece(whole, stored: StoredWeight):
+def piece(whole: Whole | Sequence[int], stored: StoredWeight) -> Whole:
     """The part of a tensor, or of its shape, that ``stored`` means; a view, nothing is copied.
 
     Args:
-        whole: the tensor named ``stored.tensor``, or its shape.
+        whole: the tensor named ``stored.tensor``, or its shape. A shape that has no such part (no
+            entry of that index, an odd number of rows) comes back with an axis of zero, which fits
+            no layer.
     """
     if isinstance(whole, torch.Tensor):
         if stored.index is not None:
             whole = whole[stored.index]
-        return whole if stored.part is None else whole.chunk(2)[stored.part]
-    shape = tuple(whole) if stored.index is None else tuple(whole)[1:]
-    if stored.part is None or not shape:
-        return shape
-    return (shape[0] // 2, *shape[1:])
+        if stored.part is not None:
+            half = whole.shape[0] // 2
+            whole = whole[stored.part * half : (stored.part + 1) * half]
+        return whole
+    shape = tuple(whole)
+    if stored.index is not None:
+        shape = shape[1:] if shape and stored.index < shape[0] else (0, *shape[1:])
+    if stored.part is not None:
+        rows = shape[0] if shape else 0
+        shape = (0 if rows % 2 else rows // 2, *shape[1:])
+    return shape

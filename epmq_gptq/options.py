@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,26 @@ def closest(key: Any, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(str(key), list(known), n=1)), None)
 
 
+def shown(value: Any) -> str:
+    """A value for an error, however large it is: YAML's aliases can make it so from a few bytes."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    short.maxlevel = 2
+    return short.repr(value)
+
+
+def bad_option(
+    option: str, rule: str, got: Any, remedy: str = "", code: str = "EPMQ-O01"
+) -> EPMQInputError:
+    """The error of an option whose value is none of those it may have."""
+    return EPMQInputError(
+        f"`{option}` should be {rule}, got {shown(got)}.",
+        code=code,
+        subject=f"`{option}`",
+        remedy=remedy or f"Set `{option}` to such a value.",
+    )
+
+
 def check_keys(data: Any, known: Iterable[str], what: str) -> None:
     """Refuse anything but a mapping of known keys.
 
@@ -45,13 +66,20 @@ def check_keys(data: Any, known: Iterable[str], what: str) -> None:
     known = list(known)
     if not isinstance(data, Mapping):
         raise EPMQInputError(
-            f"{what} should be a mapping with keys of {', '.join(known)}; got {data!r}."
+            f"{what} should be a mapping, got {shown(data)}.",
+            code="EPMQ-O01",
+            subject=what,
+            remedy=f"Its keys are {', '.join(known)}.",
         )
     for key in data:
         if key not in known:
             meant = closest(key, known)
-            hint = f"Did you mean `{meant}`?" if meant else f"Known: {', '.join(known)}."
-            raise EPMQInputError(f"{what}: `{key}` is not an option. {hint}")
+            raise EPMQInputError(
+                f"{what}: `{str(key)[:80]}` is not an option.",
+                code="EPMQ-O02",
+                subject=what,
+                remedy=f"Did you mean `{meant}`?" if meant else f"Known: {', '.join(known)}.",
+            )
 
 
 def from_mapping(cls: type[T], data: Any, what: str) -> T:
@@ -64,11 +92,16 @@ def from_mapping(cls: type[T], data: Any, what: str) -> T:
     for field in dataclasses.fields(cls):
         needed = field.default is field.default_factory is dataclasses.MISSING
         if needed and field.name not in data:
-            raise EPMQInputError(f"{what}: `{field.name}` is missing: {field.metadata['doc']}")
+            raise EPMQInputError(
+                f"{what}: `{field.name}` is missing.",
+                code="EPMQ-O03",
+                subject=what,
+                remedy=f"Give it: {field.metadata['doc']}.",
+            )
     try:
         return cls(**data)
     except EPMQInputError as error:
-        raise EPMQInputError(f"{what}: {error}") from error
+        raise error.within(what) from error
 
 
 def to_mapping(block: Any) -> dict[str, Any]:
@@ -92,8 +125,20 @@ def is_count(value: Any) -> bool:
 
 
 def resolve_path(spec: str, folder: Path) -> Path:
-    """A path as it is meant in a file of ``folder``."""
-    return folder / Path(spec).expanduser()
+    """A path as it is meant in a file of ``folder``.
+
+    Raises:
+        EPMQInputError: it starts with the home of a user that this machine does not know.
+    """
+    try:
+        return folder / Path(spec).expanduser()
+    except RuntimeError as error:
+        raise EPMQInputError(
+            f"`{spec}` starts in a home folder that this machine does not have.",
+            code="EPMQ-O01",
+            subject=f"`{spec}`",
+            remedy="Write the path out.",
+        ) from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -105,7 +150,10 @@ class _Loader(yaml.SafeLoader):
             key = key_node.value
             if isinstance(key, str) and key != "<<" and key in seen:
                 raise EPMQInputError(
-                    f"line {key_node.start_mark.line + 1}: `{key}` is given twice; keep one."
+                    f"line {key_node.start_mark.line + 1}: `{key}` is given twice.",
+                    code="EPMQ-O04",
+                    subject=f"`{key}`",
+                    remedy="Keep one.",
                 )
             seen.add(key if isinstance(key, str) else id(key_node))
         return super().construct_mapping(node, deep)
@@ -124,8 +172,17 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except EPMQInputError:
+        raise
+    except Exception as error:
+        # Besides YAMLError the constructors of YAML's own tags raise whatever they meet:
+        # `!!bool x` a KeyError, `2020-13-01` a ValueError, a thousand brackets a RecursionError.
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark is not None else ""
-        reason = getattr(error, "problem", None) or str(error)
-        raise EPMQInputError(f"{place}not readable as YAML: {reason}.") from error
+        reason = getattr(error, "problem", None) or str(error) or type(error).__name__
+        raise EPMQInputError(
+            f"{place}not readable as YAML: {reason.rstrip('.')}.",
+            code="EPMQ-O04",
+            subject="YAML",
+            remedy="Correct it there." if mark is not None else "Correct it.",
+        ) from error

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import Reporter, StepProgress
-from .errors import EPMQInputError
+from .errors import EPMQError, EPMQInputError
+from .places import check_free, check_places, pinned
 from .recipe import Recipe
-from .rows import FittedRows, RowSet, fit_rows, read_rows
+from .row_sets import RowSet, read_calibration
+from .tokens import RowCounts, TokenCalibration, TokenRules, encode_calibration
 
 if TYPE_CHECKING:
     from .report import QuantizationReport
@@ -48,11 +50,11 @@ class RunResult:
 
     Attributes:
         report: module by module.
-        rows: what was read, cut and counted per expert.
+        rows: what became of every expert's calibration rows.
     """
 
     report: QuantizationReport
-    rows: dict[str, FittedRows]
+    rows: dict[str, RowCounts]
 
 
 def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> RunResult:
@@ -65,59 +67,67 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
     out = Path(options.out).expanduser().absolute()
     check_free(out, overwrite=options.overwrite)
     if options.batch_size is not None and options.batch_size < 1:
-        raise EPMQInputError(f"`--batch-size` should be positive, got {options.batch_size}.")
+        raise EPMQInputError(
+            f"`--batch-size` should be positive, got {options.batch_size}.",
+            code="EPMQ-O01",
+            subject="`--batch-size`",
+            remedy="Leave it out for the recipe's.",
+        )
     with reporter.quiet_host():
-        device = _device(options.device)
+        device = choose_device(options.device)
         _check_method(recipe)
-        _check_places(recipe, out, options.overwrite, reporter)
-        for source in (each for sources in recipe.calibration.values() for each in sources):
+        recipe = pinned(recipe, reporter)
+        check_places(recipe, out, options.overwrite)
+        for source in recipe.row_sources:
             if source.dataset is not None:
                 reporter.step("fetch", f"dataset {source.label}")
-        sets = {
-            name: read_rows(sources, expert=name, seed=recipe.seed, folder=recipe.folder)
-            for name, sources in recipe.calibration.items()
-        }
+        sets = read_calibration(
+            recipe.calibration,
+            list(recipe.experts),
+            data_free=recipe.data_free,
+            seed=recipe.seed,
+            folder=recipe.folder,
+        )
         reporter.step("rows", _described_rows(sets))
         config = recipe.config()
-        from .host import context_length
-
-        with _merged_folder(recipe, out, options, device, reporter) as merged:
+        with (
+            contextlib.closing(config),
+            _merged_folder(recipe, out, options, device, reporter) as merged,
+        ):
             reporter.step("load", f"{merged.name} on {device}")
-            model = _load(merged, config, recipe, device)
-            limit = context_length(model.model.config)
-            rows = {
-                name: fit_rows(each, model.tokenizer, expert=name, limit=limit)
-                for name, each in sets.items()
-            }
+            model = load_merged(merged, config, recipe.dtype, device)
+            rows = encode_calibration(sets, TokenRules.of(model))
             report = _quantize(model, rows, options.batch_size or recipe.batch_size, reporter)
+            if recipe.lineage:
+                # What the merged folder says of itself comes first.
+                report.provenance.setdefault("merge", dict(recipe.lineage))
             reporter.step("save", str(options.out))
             model.save(str(out), overwrite=options.overwrite)
-    return RunResult(report, rows)
+    return RunResult(report, rows.counts)
 
 
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that holds something, before anything slow is imported.
+def choose_device(wanted: str | None) -> str:
+    """The device of a run: what is asked for, else a GPU where there is one.
 
     Raises:
-        EPMQInputError: naming the CLI's options.
+        EPMQInputError: another kind of device, or a GPU where torch sees none.
     """
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise EPMQInputError(
-            f"`--out`: folder `{out.name}` is not empty; choose another one or pass --overwrite."
-        )
-
-
-def _device(wanted: str | None) -> str:
     import torch
 
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = wanted.partition(":")[0]
     if kind not in DEVICES:
-        raise EPMQInputError(f"`--device` should be one of {', '.join(DEVICES)}, got `{wanted}`.")
+        raise _no_device(f"should be one of {', '.join(DEVICES)}, got `{wanted}`")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise EPMQInputError("`--device cuda`: torch sees no GPU here; use `--device cpu`.")
+        raise _no_device("is `cuda`, but torch sees no GPU here", "Use `--device cpu`.")
     return wanted
+
+
+def _no_device(cause: str, remedy: str = "Leave it out for a GPU where there is one.") -> EPMQError:
+    return EPMQInputError(
+        f"`--device` {cause}.", code="EPMQ-O01", subject="`--device`", remedy=remedy
+    )
 
 
 def _check_method(recipe: Recipe) -> None:
@@ -129,54 +139,12 @@ def _check_method(recipe: Recipe) -> None:
     try:
         check_merge(step.method, step.parameters, step.base is not None, list(recipe.experts))
     except EPMQInputError as error:
-        raise EPMQInputError(f"`merge`: {error}") from error
-
-
-def _check_places(recipe: Recipe, out: Path, overwrite: bool, reporter: Reporter) -> None:
-    """Every model is there and readable, and the output destroys none of them."""
-    from .checkpoints import open_checkpoint
-    from .output import check_output
-
-    specs = {f"expert `{name}`": spec for name, spec in recipe.experts.items()}
-    if recipe.merged is not None:
-        specs["`merged`"] = recipe.merged
-    elif recipe.merge.base is not None:
-        specs["`merge.base`"] = recipe.merge.base
-    folders = {}
-    for what, spec in specs.items():
-        place = recipe.source(spec)
-        if not Path(place).is_absolute():
-            reporter.step("fetch", place)
-        checkpoint, source = open_checkpoint(place, what=what)
-        quantized = "quantization_config" in checkpoint.config()
-        checkpoint.close()
-        if quantized:
-            raise EPMQInputError(
-                f"{what}: `{source.name}` is already quantized; give the full-precision model."
-            )
-        folders[what] = source.path
-    check_output(out, folders, overwrite)
-    if recipe.merge is not None and recipe.merge.keep is not None:
-        _check_keep(recipe.place(recipe.merge.keep), out)
-
-
-def _check_keep(keep: Path, out: Path) -> None:
-    real, target = keep.resolve(), out.resolve()
-    if real == target or real in target.parents or target in real.parents:
-        raise EPMQInputError(
-            f"`merge.keep`: `{keep.name}` is, holds or lies in the output folder; choose another."
-        )
-    if keep.is_file() or keep.is_dir() and any(keep.iterdir()):
-        raise EPMQInputError(
-            f"`merge.keep`: `{keep.name}` is there already; to quantize it, replace the `merge` "
-            f"block by `merged: {keep.name}`, or choose another folder."
-        )
+        raise error.within("`merge`") from error
 
 
 def _described_rows(sets: Mapping[str, list[RowSet]]) -> str:
     return "; ".join(
-        f"{name}: " + ", ".join(f"{len(s.rows)} of {s.available} ({s.source.label})" for s in each)
-        for name, each in sets.items()
+        f"{name}: {', '.join(one.taken for one in each)}" for name, each in sets.items()
     )
 
 
@@ -198,6 +166,7 @@ def _merged_folder(
         run_merge(recipe, place, device, reporter)
         yield place
         return
+    missing = [place for place in out.parents if not place.exists()]
     # Beside the output: the temporary folder of a machine is often too small for a model.
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.merge-", dir=out.parent))
@@ -208,6 +177,9 @@ def _merged_folder(
         yield place
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        for place in missing:
+            with contextlib.suppress(OSError):  # it holds the checkpoint
+                place.rmdir()
 
 
 def run_merge(recipe: Recipe, place: Path, device: str, reporter: Reporter) -> None:
@@ -245,11 +217,15 @@ def merge_with_progress(reporter: Reporter, method: str, **arguments: Any):
 # ---- model -------------------------------------------------------------------------------------
 
 
-def _load(merged: Path, config, recipe: Recipe, device: str):
+def load_merged(merged: Path, config, dtype: str | None, device: str):
+    """The host's model of a merged checkpoint; its layers' weights stay on disk until their turn.
+
+    Raises:
+        EPMQInputError: the host refuses the model or an option.
+    """
     import torch
     from gptqmodel import GPTQModel
 
-    dtype = recipe.dtype
     if dtype is None and device == "cpu":
         # The host would take bfloat16, 15 to 75 times slower on CPUs without AVX512-BF16.
         dtype = "float32"
@@ -261,12 +237,15 @@ def _load(merged: Path, config, recipe: Recipe, device: str):
     except (ValueError, TypeError, NotImplementedError) as error:
         # What the host refuses here is an option, or a model that it does not know.
         raise EPMQInputError(
-            f"GPTQModel cannot load `{merged.name}` with these options: {error}"
+            f"GPTQModel cannot load `{merged.name}` with these options: {str(error).rstrip('.')}.",
+            code="EPMQ-F38",
+            subject=f"`{merged.name}`",
+            remedy="Its documentation lists the architectures and options that it supports.",
         ) from error
 
 
 def _quantize(
-    model, rows: dict[str, FittedRows], batch_size: int, reporter: Reporter
+    model, rows: TokenCalibration, batch_size: int, reporter: Reporter
 ) -> QuantizationReport:
     from .model_linears import quantizable_linears
 
@@ -280,9 +259,7 @@ def _quantize(
         # The host calls this whenever a group of modules of a layer has been rounded.
         model.subset_callback = subset_event
         try:
-            result = model.quantize(
-                {name: fitted.rows for name, fitted in rows.items()}, batch_size=batch_size
-            )
+            result = model.quantize(rows, batch_size=batch_size)
         finally:
             model.subset_callback = None
     return result["epmq"]

@@ -5,13 +5,17 @@ No absolute paths and no calibration text; names, revisions, digests and counts.
 
 from __future__ import annotations
 
-import json
+import contextlib
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from .checkpoints import Checkpoint, Source, describe_source
 from .config import EPMQConfig
+from .errors import EPMQInputError
 from .experts import Expert, Experts
+from .folders import read_json
+from .lineage import read_lineage
 from .merging import RECORD_NAME as MERGE_RECORD
 from .report import QuantizationReport
 
@@ -55,10 +59,22 @@ def provenance(
         record["exceptions"] = [
             {"module": m.module, "target": m.target, "reason": m.reason} for m in report.exceptions
         ]
-    merge = merged.path / MERGE_RECORD
-    if merge.is_file():
-        record["merge"] = json.loads(merge.read_text(encoding="utf-8"))
+    merge = _merge(merged.path)
+    if merge:
+        record["merge"] = merge
     return record
+
+
+def _merge(folder: Path) -> dict[str, Any]:
+    """How the merged model was made, as far as its folder says; {} where that is not usable."""
+    # Files of strangers: what cannot be read must not cost a finished run.
+    with contextlib.suppress(EPMQInputError):
+        lineage = read_lineage(folder).to_record()
+        if lineage["tool"] != "epmq_gptq":
+            return lineage
+        # Our own record says more: digests, the paper, the version.
+        return read_json(folder, MERGE_RECORD, "the merged model") | {"tool": "epmq_gptq"}
+    return {}
 
 
 def _expert(expert: Expert) -> dict[str, Any]:

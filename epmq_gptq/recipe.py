@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .calibration_names import CalibrationBlock, recipe_calibration
 from .errors import EPMQInputError
 from .options import (
+    bad_option,
     documented,
     from_mapping,
     is_count,
     option,
     parse_yaml,
     resolve_path,
+    shown,
     to_mapping,
 )
-from .rows import RowSource
+from .rows import DATA_FREE, RowSource, TaggedSource, is_seed, is_word
 
 if TYPE_CHECKING:
     from .config import EPMQConfig
@@ -50,12 +53,11 @@ class MergeStep:
     def __post_init__(self) -> None:
         for name in ("method", "base", "keep"):
             value = getattr(self, name)
-            if (name == "method" or value is not None) and not _is_word(value):
-                raise EPMQInputError(f"`{name}` should be a non-empty string, got {value!r}.")
+            if (name == "method" or value is not None) and not is_word(value):
+                raise bad_option(name, "a non-empty string", value)
         if not isinstance(self.parameters, Mapping):
-            raise EPMQInputError(
-                f"`parameters` should be a mapping of options of `{self.method}`, got "
-                f"{self.parameters!r}."
+            raise bad_option(
+                "parameters", f"a mapping of options of `{self.method}`", self.parameters
             )
 
 
@@ -73,8 +75,9 @@ class Recipe:
     experts: dict[str, str] = option(
         doc="name -> folder or hub id `org/name@revision` of each model that was merged"
     )
-    calibration: dict[str, list[RowSource]] = option(
-        doc="expert -> file name, mapping of the options below, or a list of these"
+    calibration: CalibrationBlock = option(
+        doc="expert -> file name, mapping of the options below, a list of these, or `data_free` "
+        "for an expert without rows; or one mapping with `expert_column` for all experts"
     )
     merged: str | None = option(None, doc="folder or hub id of the merged model")
     merge: MergeStep | None = option(None, doc="instead of `merged`: merge the experts first")
@@ -90,75 +93,105 @@ class Recipe:
         doc="of the computation: auto, float32, bfloat16, float16; default: float32 on a CPU, "
         "GPTQModel's choice on a GPU",
     )
+    lineage: dict[str, Any] = option(
+        factory=dict,
+        doc="what is known of how `merged` was made; goes into the checkpoint's record "
+        "(`--write-recipe` writes it)",
+    )
     version: int = option(RECIPE_VERSION, doc="of the recipe's format (1)")
     folder: Path = field(default=Path(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.version != RECIPE_VERSION:
-            raise EPMQInputError(
-                f"`version` should be {RECIPE_VERSION}, got {self.version!r}: this recipe was "
-                "written for another version of epmq_gptq."
+        if not is_count(self.version) or self.version != RECIPE_VERSION:
+            raise bad_option(
+                "version",
+                f"{RECIPE_VERSION}",
+                self.version,
+                "This recipe was written for another version of epmq_gptq: use that one.",
+                "EPMQ-O04",
             )
         self._check_experts()
         self._check_merge()
-        self._check_calibration()
-        if not isinstance(self.quantize, Mapping):
-            raise EPMQInputError(
-                f"`quantize` should be a mapping of EPMQConfig's options, got {self.quantize!r}."
-            )
-        if "experts" in self.quantize:
-            raise EPMQInputError("`quantize.experts`: the experts belong at the top of the recipe.")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise EPMQInputError(f"`seed` should be an integer, got {self.seed!r}.")
+        self.calibration = recipe_calibration(self.calibration, list(self.experts))
+        self._check_quantize()
+        if not is_seed(self.seed):
+            raise bad_option("seed", "an integer", self.seed)
         if not is_count(self.batch_size):
+            raise bad_option("batch_size", "a positive integer", self.batch_size)
+        if not isinstance(self.lineage, Mapping):
             raise EPMQInputError(
-                f"`batch_size` should be a positive integer, got {self.batch_size!r}."
+                f"`lineage` should be a mapping, got {shown(self.lineage)}.",
+                code="EPMQ-O01",
+                subject="`lineage`",
+                remedy="Leave it out where it is not known.",
             )
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise EPMQInputError(
-                f"`dtype` should be one of {', '.join(DTYPES)}, got {self.dtype!r}; leave it out "
-                "for the default."
+            raise bad_option(
+                "dtype", f"one of {', '.join(DTYPES)}", self.dtype, "Leave it out for the default."
             )
 
     def _check_experts(self) -> None:
         if not isinstance(self.experts, Mapping) or not self.experts:
             raise EPMQInputError(
-                "`experts` should map at least one name to a folder or hub id "
-                f"(`experts: {{math: org/math-expert@revision}}`), got {self.experts!r}."
+                "`experts` should map at least one name to a folder or hub id, got "
+                f"{shown(self.experts)}.",
+                code="EPMQ-F20",
+                subject="`experts`",
+                remedy="For example `experts: {math: org/math-expert@revision}`.",
             )
         for name, spec in self.experts.items():
-            if not _is_word(name) or not _is_word(spec):
-                raise EPMQInputError(
-                    f"`experts.{name}` should be a folder or a hub id under a name, got {spec!r}."
+            if not is_word(name) or not is_word(spec):
+                raise bad_option(
+                    f"experts.{shown(name) if not is_word(name) else name[:80]}",
+                    "a folder or a hub id under a name",
+                    spec,
                 )
 
     def _check_merge(self) -> None:
         if (self.merged is None) == (self.merge is None):
             raise EPMQInputError(
                 "exactly one of `merged` (a model) and `merge` (how to make it) should be given, "
-                "got " + ("neither." if self.merge is None else "both.")
+                f"got {'neither' if self.merge is None else 'both'}.",
+                code="EPMQ-O03",
+                subject="`merged`, `merge`",
+                remedy="Give the one that you have.",
             )
-        if self.merged is not None and not _is_word(self.merged):
-            raise EPMQInputError(f"`merged` should be a folder or a hub id, got {self.merged!r}.")
+        if self.merged is not None and not is_word(self.merged):
+            raise bad_option("merged", "a folder or a hub id", self.merged)
         if self.merge is not None and not isinstance(self.merge, MergeStep):
             self.merge = from_mapping(MergeStep, self.merge, "`merge`")
 
-    def _check_calibration(self) -> None:
-        if not isinstance(self.calibration, Mapping):
-            raise EPMQInputError(
-                "`calibration` should map every expert to its rows "
-                f"(`calibration: {{math: math.jsonl}}`), got {self.calibration!r}."
-            )
-        missing = [name for name in self.experts if name not in self.calibration]
-        unknown = [str(name) for name in self.calibration if name not in self.experts]
-        if missing or unknown:
-            raise EPMQInputError(
-                "`calibration` and `experts` should have the same names"
-                + (f"; without rows: {', '.join(missing)}" if missing else "")
-                + (f"; not an expert: {', '.join(unknown)}" if unknown else "")
-                + "."
-            )
-        self.calibration = {name: _sources(self.calibration[name], name) for name in self.experts}
+    def _check_quantize(self) -> None:
+        if not isinstance(self.quantize, Mapping):
+            raise bad_option("quantize", "a mapping of EPMQConfig's options", self.quantize)
+        for name, place in (
+            ("experts", "The experts belong at the top of the recipe."),
+            ("data_free", "Write `calibration: {name: data_free}` for an expert without rows."),
+        ):
+            if name in self.quantize:
+                raise EPMQInputError(
+                    f"`quantize.{name}` is no option of a recipe.",
+                    code="EPMQ-O02",
+                    subject=f"`quantize.{name}`",
+                    remedy=place,
+                )
+
+    # ---- calibration ---------------------------------------------------------------------------
+
+    @property
+    def data_free(self) -> list[str]:
+        """The experts that have no calibration rows."""
+        if isinstance(self.calibration, TaggedSource):
+            return list(self.calibration.data_free)
+        return [name for name, sources in self.calibration.items() if sources == DATA_FREE]
+
+    @property
+    def row_sources(self) -> list[RowSource]:
+        """Every source of calibration rows."""
+        if isinstance(self.calibration, TaggedSource):
+            return [self.calibration]
+        lists = [each for each in self.calibration.values() if each != DATA_FREE]
+        return [source for sources in lists for source in sources]
 
     # ---- places --------------------------------------------------------------------------------
 
@@ -169,6 +202,9 @@ class Recipe:
     def source(self, spec: str) -> str:
         """A model's folder as a path, or its hub id as it is."""
         path = self.place(spec)
+        if "+" in spec and not path.exists():  # base+adapter
+            base, _, adapter = spec.partition("+")
+            return f"{self.source(base.strip())}+{self.source(adapter.strip())}"
         # `models/mth` beside a folder `models` is a typo in a path, not an id to ask the hub for.
         is_path = path.exists() or path.parent.is_dir() or spec.startswith((".", "~", "/"))
         return str(path) if is_path else spec
@@ -181,11 +217,16 @@ class Recipe:
         """
         from . import EPMQConfig
 
-        experts = {name: self.source(spec) for name, spec in self.experts.items()}
+        options = dict(self.quantize)
+        options["experts"] = {name: self.source(spec) for name, spec in self.experts.items()}
+        if self.data_free:
+            options["data_free"] = self.data_free
+        if is_word(options.get("base")):
+            options["base"] = self.source(options["base"])
         try:
-            return EPMQConfig.from_options({**self.quantize, "experts": experts})
+            return EPMQConfig.from_options(options)
         except EPMQInputError as error:
-            raise EPMQInputError(f"`quantize`: {error}") from error
+            raise error.within("`quantize`") from error
 
     # ---- plain data ----------------------------------------------------------------------------
 
@@ -193,10 +234,13 @@ class Recipe:
         """What differs from the defaults, as plain data, with the format's version."""
         options = {"version": self.version} | to_mapping(self)
         options["experts"] = dict(self.experts)
-        options["calibration"] = {
-            name: [to_mapping(source) for source in sources]
-            for name, sources in self.calibration.items()
-        }
+        if isinstance(self.calibration, TaggedSource):
+            options["calibration"] = to_mapping(self.calibration)
+        else:
+            options["calibration"] = {
+                name: each if each == DATA_FREE else [to_mapping(source) for source in each]
+                for name, each in self.calibration.items()
+            }
         if self.merge is not None:
             options["merge"] = to_mapping(self.merge)
         return options
@@ -216,10 +260,15 @@ class Recipe:
             text = path.read_text(encoding="utf-8")
             data = json.loads(text) if path.suffix.lower() == ".json" else parse_yaml(text)
         except EPMQInputError as error:
-            raise EPMQInputError(f"recipe `{path.name}`: {error}") from error
-        except (OSError, ValueError) as error:
+            raise error.within(f"recipe `{path.name}`") from error
+        except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise EPMQInputError(f"recipe `{path}` is not readable: {reason}.") from error
+            raise EPMQInputError(
+                f"recipe `{path.name}` is not readable: {reason}.",
+                code="EPMQ-O04",
+                subject=f"recipe `{path.name}`",
+                remedy="Give a YAML file, or a JSON file named .json.",
+            ) from error
         return cls.from_options(data, path.parent)
 
     def to_yaml(self) -> str:
@@ -231,31 +280,14 @@ class Recipe:
         return json.dumps(self.to_options(), indent=2, ensure_ascii=False)
 
 
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _sources(value: Any, expert: str) -> list[RowSource]:
-    what = f"`calibration.{expert}`"
-    values = value if isinstance(value, list) else [value]
-    if not values:
-        raise EPMQInputError(f"{what} is empty; give rows of that expert's own task.")
-    if len(values) == 1:
-        places = [what]
-    else:
-        places = [f"`calibration.{expert}[{i}]`" for i in range(len(values))]
-    return [
-        item if isinstance(item, RowSource) else RowSource.from_option(item, place)
-        for item, place in zip(values, places, strict=True)
-    ]
-
-
 def recipe_help() -> list[tuple[str, str]]:
     """(key, documentation) of everything a recipe may hold, nested keys with their path."""
+    blocks = {"merge": [MergeStep], "calibration": [RowSource, TaggedSource]}
     lines: list[tuple[str, str]] = []
     for key, doc in documented(Recipe).items():
         lines.append((key, doc))
-        nested = {"merge": MergeStep, "calibration": RowSource}.get(key)
-        if nested is not None:
-            lines += [(f"  {name}", text) for name, text in documented(nested).items()]
+        nested = {
+            name: text for block in blocks.get(key, ()) for name, text in documented(block).items()
+        }
+        lines += [(f"  {name}", text) for name, text in nested.items()]
     return lines

@@ -44,19 +44,24 @@ class QuantizationReport:
 
     Attributes:
         modules: one entry per quantized linear layer, in forward order.
-        rows, tokens: calibration rows and tokens per expert.
+        rows, tokens: calibration rows (of joined ones: blocks) and tokens per expert.
+        calibration: expert → what became of its rows: asked for, available, used, cut, dropped; the
+            fields of :class:`~epmq_gptq.tokens.RowCounts`.
         seconds: wall time of the quantization loop.
         shared_groups: inputs whose one Gram and one factor served several layers.
         shared_layers: layers that used another layer's Gram.
+        preflight: what was found before the run, see :class:`~epmq_gptq.preflight.Preflight`.
         provenance: what is published in ``quantize_config.json`` under ``meta.epmq``.
     """
 
     modules: list[ModuleReport] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
     shared_groups: int = 0
     shared_layers: int = 0
+    preflight: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -1,22 +1,27 @@
-"""Calibration sources → rows: text, JSON lines or a dataset; counted, sampled and cut as asked.
-
-A row is ``{"text": …}``, ``{"messages": […]}`` or ``{"input_ids": […]}``: what GPTQModel takes.
-"""
+"""What may be said about calibration rows: sources and their options. Nothing is read here."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import EPMQInputError
-from .options import from_mapping, is_count, option
-from .row_readers import JSON_LINES, Row, check_enough, read_dataset, read_file
+from .options import bad_option, from_mapping, is_count, option, shown
+
+# In place of an expert's rows: it has none, and its Gram comes from its task vector.
+DATA_FREE = "data_free"
 
 UNITS = ("line", "paragraph", "file")
+JSON_LINES = (".jsonl", ".ndjson")
+PARQUET = (".parquet",)
+OTHER_VALUES = ("refuse", "ignore")
+
+# Rows of a file or a dataset may be whole books; those that a caller made are taken as they are.
+SEQLEN = 2048
 _ONLY_DATASET = ("config", "split", "revision", "data_files")
+_PLACES = ("file", "dataset", "rows")
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,27 @@ class RowSource:
     """
 
     file: str | None = option(
-        None, doc="text file, or .jsonl file with one `text`, `messages` or `input_ids` per line"
+        None,
+        doc="text file, or .jsonl or .parquet file with one `text`, `messages` or `input_ids` per "
+        "row",
     )
     dataset: str | None = option(None, doc="instead of `file`: a name of the `datasets` library")
+    rows: Any = option(None, doc="instead of both: the rows themselves")
     samples: int | None = option(
-        None, doc="how many rows, drawn with `seed`; default: all of a file; a dataset needs it"
+        None,
+        doc="how many rows (with `concat`: blocks), drawn with `seed`; default: all of them; a "
+        "dataset needs it",
     )
-    max_tokens: int = option(2048, doc="longer rows are cut to this many tokens (default 2048)")
+    seqlen: int | None = option(
+        None,
+        doc="longer rows are cut to this many tokens (default 2048; of `rows`: what the model "
+        "takes)",
+    )
+    concat: bool = option(
+        False,
+        doc="join the rows, the tokenizer's end of text between them, and cut them into blocks of "
+        "exactly `seqlen` tokens",
+    )
     unit: str = option("line", doc="a row of a text file: line (default), paragraph or file")
     column: str | None = option(
         None, doc="key or column with the rows; default: the one of text, messages, input_ids"
@@ -43,51 +62,84 @@ class RowSource:
     split: str | None = option(None, doc="split of the dataset (default train)")
     revision: str | None = option(None, doc="revision of the dataset")
     data_files: str | list[str] | None = option(None, doc="files for a dataset such as `json`")
+    seed: int | None = option(None, doc="of the draw; default: the recipe's, else 0")
 
     def __post_init__(self) -> None:
-        if (self.file is None) == (self.dataset is None):
+        given = [name for name in _PLACES if getattr(self, name) is not None]
+        if len(given) != 1:
             raise EPMQInputError(
-                "exactly one of `file` and `dataset` should be given, got "
-                + ("neither." if self.file is None else "both.")
+                "exactly one of `file`, `dataset` and `rows` should be given, got "
+                f"{' and '.join(given) or 'none'}.",
+                code="EPMQ-O03",
+                subject="`file`, `dataset`, `rows`",
+                remedy="Give the one that has the rows.",
             )
         for name in ("file", "dataset", "column", "config", "split", "revision"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not value.strip()):
-                raise EPMQInputError(f"`{name}` should be a non-empty string, got {value!r}.")
-        if not is_count(self.max_tokens):
-            raise EPMQInputError(
-                f"`max_tokens` should be a positive integer, got {self.max_tokens!r}."
-            )
-        if self.samples is not None and not is_count(self.samples):
-            raise EPMQInputError(
-                f"`samples` should be a positive integer, got {self.samples!r}; leave it out to "
-                "take every row of a file."
-            )
+            if value is not None and not is_word(value):
+                raise bad_option(name, "a non-empty string", value)
+        self._check_counts()
+        files = self.data_files
+        listed = [files] if isinstance(files, str) else files
+        if files is not None and not (
+            isinstance(listed, (list, tuple)) and listed and all(map(is_word, listed))
+        ):
+            raise bad_option("data_files", "a file name or a list of them", files)
         if self.unit not in UNITS:
-            raise EPMQInputError(f"`unit` should be one of {', '.join(UNITS)}, got {self.unit!r}.")
-        if self.dataset is not None:
-            if self.samples is None:
-                raise EPMQInputError(
-                    f"`samples` is missing: dataset `{self.dataset}` may be of any size; say how "
-                    "many rows, for example `samples: 128`."
-                )
-            self._refuse(["unit"] if self.unit != "line" else [], "text files")
-            return
-        self._refuse(
-            [name for name in _ONLY_DATASET if getattr(self, name) is not None], "datasets"
-        )
-        json_lines = Path(self.file).suffix.lower() in JSON_LINES
-        if json_lines:
-            self._refuse(["unit"] if self.unit != "line" else [], "text files")
-        else:
-            self._refuse(["column"] if self.column is not None else [], ".jsonl files and datasets")
+            raise bad_option("unit", f"one of {', '.join(UNITS)}", self.unit)
+        self._check_companions()
 
-    def _refuse(self, names: Sequence[str], belongs_to: str) -> None:
-        if names:
+    def _check_counts(self) -> None:
+        for name in ("samples", "seqlen"):
+            value = getattr(self, name)
+            if value is not None and not is_count(value):
+                raise bad_option(
+                    name, "a positive integer", value, f"Leave `{name}` out for the default."
+                )
+        if not isinstance(self.concat, bool):
+            raise bad_option("concat", "true or false", self.concat)
+        if self.concat and self.limit is None:
             raise EPMQInputError(
-                f"`{names[0]}` is for {belongs_to}, got it with `{self.file or self.dataset}`; "
-                "leave it out."
+                "`concat` needs `seqlen`: how many tokens a block has.",
+                code="EPMQ-O03",
+                subject="`concat`",
+                remedy="Give `seqlen`, for example 512.",
             )
+        if self.seed is not None and not is_seed(self.seed):
+            raise bad_option("seed", "an integer", self.seed)
+        if self.dataset is not None and self.samples is None:
+            raise EPMQInputError(
+                f"`samples` is missing: dataset `{self.dataset}` may be of any size.",
+                code="EPMQ-O03",
+                subject="`samples`",
+                remedy="Say how many rows, for example `samples: 128`.",
+            )
+
+    def _check_companions(self) -> None:
+        if self.dataset is None:
+            self._refuse(*_ONLY_DATASET, belongs_to="datasets")
+        elif self.dataset.strip().lower() == "pandas":
+            # Older versions of `datasets` unpickle its files, which runs what is in them.
+            raise EPMQInputError(
+                "`dataset: pandas` reads pickle files, which are never opened.",
+                code="EPMQ-F14",
+                subject="`dataset`",
+                remedy="Write the rows as .jsonl or .parquet and give that `file`.",
+            )
+        if not self.is_text_file and self.unit != "line":
+            self._refuse("unit", belongs_to="text files")
+        if self.is_text_file:
+            self._refuse("column", belongs_to=".jsonl and .parquet files and datasets")
+
+    def _refuse(self, *names: str, belongs_to: str) -> None:
+        for name in names:
+            if getattr(self, name) is not None:
+                raise EPMQInputError(
+                    f"`{name}` is for {belongs_to}, got it with `{self.label}`.",
+                    code="EPMQ-O03",
+                    subject=f"`{name}`",
+                    remedy="Leave it out.",
+                )
 
     @classmethod
     def from_option(cls, value: Any, what: str) -> RowSource:
@@ -95,119 +147,89 @@ class RowSource:
         return from_mapping(cls, {"file": value} if isinstance(value, str) else value, what)
 
     @property
+    def suffix(self) -> str:
+        """The file's extension in lower case; "" without a file."""
+        return "" if self.file is None else Path(self.file).suffix.lower()
+
+    @property
+    def is_text_file(self) -> bool:
+        """Whether its rows are lines, paragraphs or the whole of a text file."""
+        return self.file is not None and self.suffix not in JSON_LINES + PARQUET
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a row, or those of a block; None: whatever the model takes."""
+        return SEQLEN if self.seqlen is None and self.rows is None else self.seqlen
+
+    @property
     def label(self) -> str:
         """What tables and errors call it; no path of this machine."""
-        return Path(self.file).name if self.file is not None else str(self.dataset)
+        if self.file is not None:
+            return Path(self.file).name
+        return "rows" if self.dataset is None else self.dataset
 
 
 @dataclass(frozen=True)
-class RowSet:
-    """The rows that were taken from one source.
-
-    Attributes:
-        source: where they came from.
-        rows: the rows, in the order of the source.
-        available: how many the source has; of a dataset, counted with its blank rows.
-    """
-
-    source: RowSource
-    rows: list[Row]
-    available: int
-
-
-@dataclass(frozen=True)
-class FittedRows:
-    """One expert's rows, none longer than allowed.
-
-    Attributes:
-        rows: the rows of all sources.
-        cut: how many of them were longer and lost their end.
-        tokens: left in all of them.
-    """
-
-    rows: list[Row]
-    cut: int
-    tokens: int
-
-
-def read_rows(
-    sources: Sequence[RowSource], *, expert: str, seed: int, folder: Path
-) -> list[RowSet]:
-    """Read one expert's sources; the counts asked for are the counts returned.
-
-    Args:
-        sources: of this expert.
-        expert: its name, for the errors and, with ``seed``, for the draw.
-        seed: of the recipe: the same seed draws the same rows, on any machine.
-        folder: what relative paths are relative to.
+class TaggedSource(RowSource):
+    """One source for several experts: a column says whose each row is. ``samples`` is per expert.
 
     Raises:
-        EPMQInputError: a source cannot be read, holds something else than rows, or has too few.
+        EPMQInputError: an option is out of range or does not go with another.
     """
-    sets = []
-    for index, source in enumerate(sources):
-        what = f"`calibration.{expert}`: `{source.label}`"
-        draw = random.Random(f"{seed}:{expert}:{index}")
-        if source.dataset is not None:
-            taken, available = read_dataset(source, what, draw, folder)
-            sets.append(RowSet(source, taken, available))
-            continue
-        rows = read_file(source, what, folder)
-        if not rows:
-            raise EPMQInputError(f"{what} holds no rows; give rows of that expert's own task.")
-        wanted = len(rows) if source.samples is None else source.samples
-        check_enough(what, wanted, len(rows))
-        chosen = sorted(draw.sample(range(len(rows)), wanted))
-        sets.append(RowSet(source, [rows[i] for i in chosen], len(rows)))
-    return sets
+
+    expert_column: str = option("", doc="column whose values are names of experts")
+    experts_by_value: dict[Any, str] = option(
+        factory=dict, doc="value of that column -> expert, where the values are no names"
+    )
+    other_values: str = option(
+        "refuse", doc="what happens to rows of nobody: refuse (default) or ignore"
+    )
+    data_free: list[str] = option(factory=list, doc="experts that have no rows, see above")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_word(self.expert_column):
+            raise bad_option("expert_column", "the name of a column", self.expert_column)
+        if self.is_text_file:
+            self._refuse("expert_column", belongs_to=".jsonl and .parquet files and datasets")
+        if self.other_values not in OTHER_VALUES:
+            raise bad_option("other_values", " or ".join(OTHER_VALUES), self.other_values)
+        values = self.experts_by_value
+        if not isinstance(values, Mapping) or not all(map(is_word, values.values())):
+            raise bad_option("experts_by_value", "a mapping of values to experts", values)
+        if not isinstance(self.data_free, (list, tuple)) or not all(map(is_word, self.data_free)):
+            raise bad_option("data_free", "a list of experts", self.data_free)
+
+    def check_experts(self, experts: Iterable[str]) -> None:
+        """Refuse names that are none of ``experts``.
+
+        Raises:
+            EPMQInputError: naming the option and the name.
+        """
+        experts = list(experts)
+        for name in ("experts_by_value", "data_free"):
+            value = getattr(self, name)
+            for expert in value.values() if isinstance(value, Mapping) else value:
+                if expert not in experts:
+                    raise EPMQInputError(
+                        f"`calibration`: `{name}` names `{expert}`, which is not one of the "
+                        f"experts {shown(experts)}.",
+                        code="EPMQ-F21",
+                        subject=f"`{name}`",
+                        remedy="Use the names under `experts`.",
+                    )
 
 
-def fit_rows(
-    sets: Sequence[RowSet], tokenizer: Any, *, expert: str, limit: int | None = None
-) -> FittedRows:
-    """Cut the rows that are longer than their ``max_tokens`` or than the model's context.
-
-    A row that fits stays as it is; one that is cut becomes the first token ids of what GPTQModel
-    would have made of it (its special tokens and chat template included).
-
-    Args:
-        sets: what :func:`read_rows` returned.
-        tokenizer: of the merged model.
-        expert: whose rows, for the errors.
-        limit: the model's context in tokens.
-
-    Raises:
-        EPMQInputError: chat rows, and a tokenizer without a chat template.
-    """
-    rows: list[Row] = []
-    cut = tokens = 0
-    for each in sets:
-        allowed = min(each.source.max_tokens, limit or each.source.max_tokens)
-        for row in each.rows:
-            ids = _token_ids(row, tokenizer, f"`calibration.{expert}`: `{each.source.label}`")
-            tokens += min(len(ids), allowed)
-            if len(ids) <= allowed:
-                rows.append(row)
-                continue
-            cut += 1
-            shorter = {"input_ids": list(ids[:allowed])}
-            if "attention_mask" in row:
-                shorter["attention_mask"] = row["attention_mask"][:allowed]
-            rows.append(shorter)
-    return FittedRows(rows, cut, tokens)
+def is_data_free(value: Any) -> bool:
+    """Whether this stands in place of an expert's rows."""
+    return isinstance(value, str) and value == DATA_FREE
 
 
-def _token_ids(row: Row, tokenizer: Any, what: str) -> list[int]:
-    if "input_ids" in row:
-        return row["input_ids"]
-    text = row.get("text")
-    if text is None:
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise EPMQInputError(
-                f"{what} holds `messages`, and the merged model's tokenizer has no chat template; "
-                "give `text` rows, or add the template to the merged model."
-            )
-        text = tokenizer.apply_chat_template(
-            row["messages"], tokenize=False, add_generation_prompt=False
-        )
-    return tokenizer(text, add_special_tokens=True)["input_ids"]
+def is_word(value: Any) -> bool:
+    """A string with something in it."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_seed(value: Any) -> bool:
+    """An int; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import ModuleReport, QuantizationReport
-from .rows import FittedRows
+from .tokens import RowCounts
 
 # With more layers than this one line stands for all layers of a kind, unless `--full` is given.
 MAX_LINES = 40
@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 def print_summary(
     console: Console,
     report: QuantizationReport,
-    rows: Mapping[str, FittedRows],
+    rows: Mapping[str, RowCounts],
     *,
     full: bool = False,
 ) -> None:
@@ -44,7 +44,7 @@ def print_summary(
             ),
             soft_wrap=True,
         )
-    console.print(expert_table(report, rows))
+    console.print(expert_table(rows))
 
 
 def module_table(report: QuantizationReport) -> Table:
@@ -114,15 +114,16 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def expert_table(report: QuantizationReport, rows: Mapping[str, FittedRows]) -> Table:
+def expert_table(rows: Mapping[str, RowCounts]) -> Table:
     """What every expert's calibration came to."""
     table = Table()
     table.add_column("expert", overflow="fold")
-    for name in ("rows", "tokens", "cut to length"):
+    for name in ("asked for", "rows", "of", "blocks", "tokens", "cut to length", "left over"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, count in report.rows.items():
-        cut = rows[name].cut if name in rows else 0
-        table.add_row(name, f"{count:,}", f"{report.tokens[name]:,}", f"{cut:,}")
+    for name, made in rows.items():
+        asked = "all" if made.asked is None else f"{made.asked:,}"
+        numbers = (made.used, made.available, made.blocks, made.tokens, made.cut, made.dropped)
+        table.add_row(name, asked, *(f"{number:,}" for number in numbers))
     return table
 
 

@@ -5,12 +5,21 @@ import logging
 import signal
 import sys
 import threading
+import warnings
 
 import pytest
 from rich.console import Console
 
 from epmq_gptq.console import HostOutput, Reporter, StepProgress
-from epmq_gptq.errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
+from epmq_gptq.errors import (
+    EPMQError,
+    EPMQHostError,
+    EPMQInputError,
+    EPMQNumericalError,
+    EPMQWarning,
+)
+
+PARTS = dict(code="EPMQ-S01", subject="it", remedy="Do.")
 
 
 def leave(error, *, verbose=False):
@@ -24,15 +33,33 @@ def leave(error, *, verbose=False):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (EPMQInputError("`x` is\n  wrong [red]"), 2),
-        (EPMQNumericalError("`x` is\n  wrong [red]"), 3),
-        (EPMQHostError("`x` is\n  wrong [red]"), 1),
-        (EPMQError("`x` is\n  wrong [red]"), 1),
+        (EPMQInputError("`x` is\n  wrong [red].", **PARTS), 2),
+        (EPMQNumericalError("`x` is\n  wrong [red].", **PARTS), 3),
+        (EPMQHostError("`x` is\n  wrong [red].", **PARTS), 1),
+        (EPMQError("`x` is\n  wrong [red].", **PARTS), 1),
     ],
 )
 def test_our_errors_are_one_line(capsys, error, code):
     assert leave(error) == code
-    assert capsys.readouterr().err == "error: `x` is wrong [red]\n"
+    assert capsys.readouterr().err == "error: `x` is wrong [red]. Do. [EPMQ-S01]\n"
+
+
+def test_an_error_ends_with_its_code_and_is_handed_on(capsys):
+    error = EPMQInputError("`x` is wrong.", code="EPMQ-O01", subject="`x`", remedy="Drop it.")
+    seen = []
+    with pytest.raises(SystemExit), Reporter().exit_codes(seen.append):
+        raise error
+    assert capsys.readouterr().err == "error: `x` is wrong. Drop it. [EPMQ-O01]\n"
+    assert seen == [error]
+
+
+def test_our_warnings_are_lines_of_ours_and_said_once(capsys):
+    reporter = Reporter()
+    with pytest.warns(UserWarning, match="theirs"), reporter.exit_codes(), reporter.quiet_host():
+        for _ in range(2):
+            warnings.warn(EPMQWarning("`x` is\n odd.", code="EPMQ-F16"), stacklevel=1)
+        warnings.warn("theirs", stacklevel=1)
+    assert capsys.readouterr().err == "warning: `x` is odd. [EPMQ-F16]\n"
 
 
 def test_an_interrupt_is_one_line(capsys):
@@ -47,7 +74,7 @@ def test_other_errors_are_one_line_with_a_hint_and_the_hosts_warnings(capsys):
     assert second == "  GPTQModel: WARN  the disk is slow"
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), EPMQInputError("wrong")])
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), EPMQInputError("wrong.", **PARTS)])
 def test_verbose_shows_the_traceback(capsys, error):
     leave(error, verbose=True)
     err = capsys.readouterr().err
@@ -60,7 +87,7 @@ def test_memory_has_its_own_hint(capsys):
         pass
 
     leave(OutOfMemoryError("full"))
-    assert "lower `--batch-size` or `max_tokens`" in capsys.readouterr().err
+    assert "lower `--batch-size` or `seqlen`" in capsys.readouterr().err
 
 
 def test_a_swallowed_interrupt_still_stops_the_run():

@@ -236,7 +236,7 @@ def test_one_expert_equal_to_the_merge_is_the_hosts_gptq_on_h_plus_lambda(single
 def test_experts_equal_to_the_merge_give_no_delta_and_the_result_of_one(single, tmp_path):
     merged, rows = single
     experts = {"a": merged, "b": merged}
-    config = EPMQConfig(bits=4, group_size=32, experts=experts, alpha=0.05)
+    config = EPMQConfig(bits=4, group_size=32, experts=experts, alpha=0.05, allow_duplicates=True)
     report = run(merged, config, {"a": rows[:5], "b": rows[5:]}, tmp_path / "two")["epmq"]
     assert report.merge_excess == 0.0  # D = 0 exactly
     config = EPMQConfig(bits=4, group_size=32, experts={"a": merged}, alpha=0.05)
@@ -252,7 +252,7 @@ def test_a_huge_alpha_gives_the_hosts_gptq_of_the_merge(case, tmp_path, alpha, s
     # The host's GPTQ on H + λI: the same run with the merge in every expert's place. W* is still
     # (d / alpha) of the way to the experts along H's first direction, which tips a few codes.
     same = dict.fromkeys(case.experts, case.merged)
-    config = EPMQConfig(bits=4, group_size=32, experts=same, alpha=alpha)
+    config = EPMQConfig(bits=4, group_size=32, experts=same, alpha=alpha, allow_duplicates=True)
     run(case.merged, config, case.rows, tmp_path / "merge")
     assert differing(tmp_path / "merge", tmp_path / "experts") <= share
 

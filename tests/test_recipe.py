@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from epmq_gptq.errors import EPMQInputError
 from epmq_gptq.options import parse_yaml
 from epmq_gptq.recipe import MergeStep, Recipe, recipe_help
-from epmq_gptq.rows import RowSource
+from epmq_gptq.rows import RowSource, TaggedSource
 
 MINIMAL = {"merged": "merged", "experts": {"a": "ea"}, "calibration": {"a": "a.txt"}}
 
@@ -25,7 +28,7 @@ calibration:
   math:
     - math.jsonl
     - {dataset: org/maths, config: main, split: test, column: question, samples: 128}
-  code: {file: code.txt, unit: paragraph, samples: 64, max_tokens: 512}
+  code: {file: code.txt, unit: paragraph, samples: 64, seqlen: 512}
 quantize: {bits: 3, group_size: 64, alpha: 1e-3, alpha_pattern: {down_proj: 10}}
 seed: 7
 batch_size: 4
@@ -44,7 +47,7 @@ def test_every_key_arrives(full):
     assert full.calibration["math"][0] == RowSource(file="math.jsonl")
     assert full.calibration["math"][1].column == "question"
     assert full.calibration["code"] == [
-        RowSource(file="code.txt", unit="paragraph", samples=64, max_tokens=512)
+        RowSource(file="code.txt", unit="paragraph", samples=64, seqlen=512)
     ]
     assert full.quantize["alpha"] == 1e-3
     assert (full.seed, full.batch_size, full.dtype) == (7, 4, "bfloat16")
@@ -85,14 +88,23 @@ def test_paths_are_those_of_the_recipes_folder(full, tmp_path):
         ({"experts": {}}, "`experts` should map at least one name"),
         ({"experts": ["ea"]}, "`experts` should map at least one name"),
         ({"experts": {"a": None}}, "`experts.a` should be a folder or a hub id"),
+        ({"version": True}, "`version` should be 1, got True"),
+        ({"experts": {"": "ea"}}, "`experts.''` should be a folder or a hub id under a name"),
         ({"calibration": "a.txt"}, "`calibration` should map every expert"),
         ({"calibration": {}}, "without rows: a"),
         ({"calibration": {"a": "a.txt", "b": "b.txt"}}, "not an expert: b"),
         ({"calibration": {"a": []}}, "`calibration.a` is empty"),
         ({"calibration": {"a": [{}, "b"]}}, "`calibration.a[0]`: exactly one of"),
         ({"calibration": {"a": 3}}, "`calibration.a` should be a mapping"),
+        ({"calibration": {"a": "data_free"}}, "`calibration` is `data_free` for every expert"),
+        ({"calibration": {"expert_column": "t"}}, "`calibration`: exactly one of `file`"),
+        (
+            {"calibration": {"file": "a.jsonl", "expert_column": "t", "data_free": ["b"]}},
+            "`data_free` names `b`",
+        ),
+        ({"quantize": {"data_free": ["a"]}}, "`calibration: {name: data_free}`"),
         ({"quantize": ["bits"]}, "`quantize` should be a mapping of EPMQConfig's options"),
-        ({"quantize": {"experts": {}}}, "`quantize.experts`: the experts belong at the top"),
+        ({"quantize": {"experts": {}}}, "The experts belong at the top of the recipe"),
         ({"seed": 1.5}, "`seed` should be an integer, got 1.5"),
         ({"batch_size": 0}, "`batch_size` should be a positive integer, got 0"),
         ({"dtype": "fp32"}, "`dtype` should be one of auto, float32, bfloat16, float16"),
@@ -150,9 +162,40 @@ def test_quantize_options_become_a_config(full, tmp_path):
     assert (config.bits, config.group_size, config.alpha) == (3, 64, 1e-3)
     assert config.alpha_for("model.layers.0.mlp.down_proj") == 10
     assert config.experts == {"math": "models/math", "code": "org/code@abc"}
+    assert config.base is None and config.data_free == []
     full.quantize = {"group_sise": 64}
     with pytest.raises(EPMQInputError, match="`quantize`: `group_sise` .* `group_size`?"):
         full.config()
+
+
+def test_experts_without_rows_reach_the_config(tmp_path):
+    (tmp_path / "base").mkdir()
+    options = {
+        "merged": "merged",
+        "experts": {"a": "ea", "b": "eb"},
+        "quantize": {"base": "base"},
+    }
+    for calibration in (
+        {"a": "a.txt", "b": "data_free"},
+        {"file": "x.jsonl", "expert_column": "task", "data_free": ["b"]},
+    ):
+        recipe = Recipe.from_options(options | {"calibration": calibration}, tmp_path)
+        assert recipe.data_free == ["b"]
+        config = recipe.config()
+        assert config.data_free == ["b"] and config.base == str(tmp_path / "base")
+        assert Recipe.from_options(recipe.to_options()) == recipe
+
+
+def test_a_tagged_source_stands_for_all_experts():
+    block = {
+        "dataset": "org/mix", "expert_column": "task", "samples": 64, "concat": True, "seqlen": 512,
+        "experts_by_value": {"gsm8k": "a", 3: "a"}, "other_values": "ignore",
+    }  # fmt: skip
+    recipe = Recipe.from_options(MINIMAL | {"calibration": block})
+    assert recipe.calibration == TaggedSource(**block)
+    assert recipe.row_sources == [recipe.calibration] and recipe.data_free == []
+    assert recipe.to_options()["calibration"] == block
+    assert Recipe.from_options(parse_yaml(recipe.to_yaml())) == recipe
 
 
 def test_reading_a_recipe_imports_neither_torch_nor_the_host():
@@ -169,5 +212,114 @@ ROOT = Path(__file__).parent.parent
 
 def test_every_key_is_documented():
     keys = dict(recipe_help())
-    assert {"merged", "  method", "experts", "  samples", "quantize", "seed"} <= set(keys)
+    some = {"merged", "  method", "experts", "  samples", "  expert_column", "quantize", "seed"}
+    assert some <= set(keys)
     assert all(len(text) > 3 for text in keys.values())
+
+
+# ---- any recipe --------------------------------------------------------------------------------
+
+words = st.sampled_from(["a", "b", "x.jsonl", "x.parquet", "x.txt", "org/name", "~nobody/x", "\0"])
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words | st.text()
+KEYS = [key.strip() for key, _ in recipe_help()]
+keys = st.sampled_from(KEYS) | st.sampled_from(["a", "b"]) | st.integers() | st.text(max_size=5)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=5),
+    max_leaves=12,
+)
+parts = st.dictionaries(st.sampled_from(KEYS), anything, max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(anything | parts, parts)
+def test_whatever_is_written_is_a_recipe_or_refused(data, changes):
+    for options in (data, MINIMAL | changes):
+        try:
+            recipe = Recipe.from_options(options)
+        except EPMQInputError as error:
+            assert error.code and error.subject and error.remedy
+            assert "\n" not in str(error) and len(str(error)) < 20_000
+            continue
+        assert Recipe.from_options(recipe.to_options()) == recipe
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text() | st.text(alphabet="!{}[]:-,&*<>|%@`'\"#?\n\t a1~=.") | anything.map(yaml.safe_dump)
+)
+def test_any_text_is_yaml_or_refused(text):
+    try:
+        parse_yaml(text)
+    except EPMQInputError as error:
+        assert error.code == "EPMQ-O04"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!bool x", "!!int ''", "!!float x", "!!timestamp x", "!!binary /", "2020-13-45", "=",
+        "[" * 5000, "{? [a]: b}", "!!python/object/apply:os.system [ls]", "x: " + "9" * 5000, "\0",
+    ],
+)  # fmt: skip
+def test_yaml_that_breaks_its_own_reader_is_refused(text):
+    with pytest.raises(EPMQInputError, match="not readable as YAML"):
+        parse_yaml(text)
+
+
+def test_aliases_cannot_make_an_error_of_gigabytes():
+    lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    bomb = parse_yaml("\n".join(lines))["a11"]
+    for key in ("merged", "experts", "calibration", "quantize", "seed", "dtype", "lineage"):
+        with pytest.raises(EPMQInputError) as refused:
+            Recipe.from_options(MINIMAL | {key: bomb})
+        assert len(str(refused.value)) < 2000
+
+
+sources = st.fixed_dictionaries(
+    {},
+    optional={
+        "samples": st.integers(1, 10**6),
+        "seqlen": st.integers(1, 10**6),
+        "concat": st.booleans(),
+        "column": st.sampled_from(["text", "Frage"]),
+        "seed": st.integers(),
+    },
+).map(lambda options: {"file": "x.jsonl"} | options)
+blocks = st.one_of(
+    st.fixed_dictionaries(
+        {"a": st.lists(sources, min_size=1, max_size=3), "b": st.just("data_free") | sources}
+    ),
+    st.builds(
+        lambda source, tag: source | tag,
+        sources,
+        st.fixed_dictionaries(
+            {"expert_column": st.text(min_size=1).filter(str.strip)},
+            optional={
+                "experts_by_value": st.dictionaries(
+                    st.text() | st.integers(), st.sampled_from("ab"), max_size=3
+                ),
+                "other_values": st.sampled_from(["refuse", "ignore"]),
+                "data_free": st.sampled_from([["a"], ["b"]]),
+            },
+        ),
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(blocks, st.integers(), st.integers(1, 64))
+def test_a_recipe_survives_being_written_and_read(block, seed, batch_size):
+    recipe = Recipe.from_options(
+        {
+            "merged": "merged",
+            "experts": {"a": "ea", "b": "eb"},
+            "calibration": block,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+    )
+    again = Recipe.from_options(recipe.to_options())
+    assert again == recipe and again.to_options() == recipe.to_options()
+    assert Recipe.from_options(parse_yaml(recipe.to_yaml())) == recipe

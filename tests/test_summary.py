@@ -5,8 +5,8 @@ import io
 from rich.console import Console
 
 from epmq_gptq.report import ModuleReport, QuantizationReport
-from epmq_gptq.rows import FittedRows
 from epmq_gptq.summary import folder_size, human_size, print_summary
+from epmq_gptq.tokens import RowCounts
 
 
 def module(name, **changes):
@@ -41,7 +41,10 @@ def report(layers):
 
 def shown(report, **options):
     console = Console(file=io.StringIO(), width=140)
-    rows = {"math": FittedRows([], cut=7, tokens=1000), "code": FittedRows([], cut=0, tokens=500)}
+    rows = {
+        "math": RowCounts(None, 60, 10, 10, tokens=1000, cut=7),
+        "code": RowCounts(5, 1234, 9, 5, blocks=5, tokens=500, dropped=3),
+    }
     print_summary(console, report, rows, **options)
     return [line for line in console.file.getvalue().splitlines() if line.strip()]
 
@@ -57,8 +60,8 @@ def test_a_small_model_shows_every_layer_and_the_totals():
         "4", "experts", "0.25", "2", "3", "1,500", "0.50",
     ]  # fmt: skip
     assert cells(lines, "all 4")[1:] == ["4", "", "0.25", "8", "12", "1,500", "12.5"]
-    assert cells(lines, "math") == ["math", "10", "1,000", "7"]
-    assert cells(lines, "code") == ["code", "5", "500", "0"]
+    assert cells(lines, "math") == ["math", "all", "10", "60", "0", "1,000", "7", "0"]
+    assert cells(lines, "code") == ["code", "5", "9", "1,234", "5", "500", "0", "3"]
 
 
 def test_a_large_model_shows_kinds_unless_full():

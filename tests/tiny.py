@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 260
 TOKENS = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -62,8 +69,31 @@ def reload(folder: Path):
 def save(model: PreTrainedModel, folder: Path, **options) -> Path:
     """Save a model with its tokenizer."""
     model.save_pretrained(folder, **options)
+    if isinstance(model, MixtralForCausalLM):
+        # Once GPTQModel has taken a Mixtral apart, no Mixtral of this process is saved whole.
+        save_file(_published(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def _published(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A Mixtral's weights under the names of published checkpoints, from stacks or taken apart."""
+    tensors = {}
+    for name, tensor in state.items():
+        stack, _, leaf = name.replace(".mlp.", ".block_sparse_moe.").rpartition(".experts.")
+        if leaf == "down_proj":
+            parts = {f"{i}.w2.weight": W for i, W in enumerate(tensor)}
+        elif leaf == "gate_up_proj":
+            halves = [W.chunk(2) for W in tensor]
+            parts = {f"{i}.w1.weight": gate for i, (gate, _) in enumerate(halves)}
+            parts |= {f"{i}.w3.weight": up for i, (_, up) in enumerate(halves)}
+        else:
+            for old, new in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+                leaf = leaf.replace(f".{old}.", f".{new}.")
+            tensors[f"{stack}.experts.{leaf}" if stack else leaf] = tensor.contiguous()
+            continue
+        tensors |= {f"{stack}.experts.{part}": W.clone() for part, W in parts.items()}
+    return tensors
 
 
 @torch.no_grad()

@@ -162,8 +162,11 @@ def _library(max_chars: int) -> tuple[dict[str, str], dict[str, str]]:
             prose[f"help:{topic}"] = "\n".join(paragraphs) + "\n"
     if len(code) < 10 or len(prose) < 10:
         raise EPMQInputError(
-            f"`demo`: only {len(code)} modules of Python's standard library have readable source "
-            "(at least 10 are needed); run it with a Python that ships its `.py` files."
+            f"only {len(code)} modules of Python's standard library have readable source, at least "
+            "10 are needed.",
+            code="EPMQ-F24",
+            subject="`demo`",
+            remedy="Run the demo with a Python that ships its `.py` files.",
         )
     return code, prose
 

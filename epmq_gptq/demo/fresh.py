@@ -59,6 +59,11 @@ def generate_elsewhere(
         check=False,
     )
     if done.returncode != 0 or not answer.is_file():
-        last = "\n".join(done.stderr.strip().splitlines()[-3:])
-        raise EPMQError(f"a fresh process could not load `{checkpoint.name}`: {last}")
+        last = " ".join(done.stderr.strip().splitlines()[-3:])
+        raise EPMQError(
+            f"a fresh process could not load `{checkpoint.name}`: {last.rstrip('.')}.",
+            code="EPMQ-S01",
+            subject=f"`{checkpoint.name}`",
+            remedy="Load it with `GPTQModel.load` in a Python of your own to see more.",
+        )
     return Served(**json.loads(answer.read_text(encoding="utf-8")))

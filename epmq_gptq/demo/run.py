@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from .. import EPMQConfig
 from ..errors import EPMQInputError
 from ..merging import check_merge, merge
+from ..output import check_output
 from .cache import Models, cache_folder, trained_models
 from .domains import ANSWER_TOKENS, DOMAINS, PROMPTS
 from .evaluation import Score, score
@@ -32,14 +33,14 @@ class Demo:
     """One run: its options, its data and the result as it grows."""
 
     def __init__(self, options: DemoOptions, console: Console):
-        out = Path(options.out).expanduser().absolute()
-        if out.exists() and not options.overwrite and (not out.is_dir() or any(out.iterdir())):
-            raise EPMQInputError(
-                f"`out`: `{out.name}` is not empty; choose another folder or pass `overwrite`."
-            )
+        out = check_output(options.out, {}, options.overwrite)
         if options.awq and options.quick:
             raise EPMQInputError(
-                "`awq` cannot go with `quick`: GPTQModel's AWQ wants layers of at least 64 outputs."
+                "`awq` cannot go with `quick`: GPTQModel's AWQ wants layers of at least 64 "
+                "outputs.",
+                code="EPMQ-O03",
+                subject="`awq`",
+                remedy="Leave one of the two out.",
             )
         # Refused now, not after minutes of training; the experts' places do not matter to it.
         EPMQConfig(

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, lies_inside
+from ..checkpoints import Checkpoint
 from ..errors import EPMQInputError
+from ..folders import check_file, matching
 from .compatibility import DTYPES
 from .shards import Entry
 
 PATTERNS = (
+    "config.json",
     "generation_config.json",
     "tokenizer*.json",
     "tokenizer.model",
@@ -31,42 +33,30 @@ PATTERNS = (
 )
 
 
-def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """``config.json`` of a checkpoint that can be merged, {} if absent.
+def check_floating(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose configuration says that its weights are quantized.
 
     Raises:
-        EPMQInputError: it is not a JSON object, or says that the weights are quantized.
+        EPMQInputError: that; or the configuration cannot be read.
     """
-    try:
-        config = checkpoint.config()
-    except ValueError as error:
-        raise EPMQInputError(f"{checkpoint.what}: `config.json` is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise EPMQInputError(f"{checkpoint.what}: `config.json` should be a JSON object.")
-    if "quantization_config" in config:
+    if "quantization_config" in checkpoint.config():
         raise EPMQInputError(
             f"{checkpoint.what}: `config.json` has a `quantization_config`; only floating weights "
-            "can be merged. Give the checkpoint it was quantized from."
+            "can be merged.",
+            code="EPMQ-F07",
+            subject=checkpoint.what,
+            remedy="Give the checkpoint it was quantized from.",
         )
-    return config
 
 
 def companions(checkpoint: Checkpoint) -> list[Path]:
     """The files of ``checkpoint`` that a reader of the merge needs beside the weights.
 
     Raises:
-        EPMQInputError: one of them is a link out of the checkpoint.
+        EPMQInputError: one of them is a link out of the checkpoint, or cannot be read.
     """
-    names = {file.name for pattern in PATTERNS for file in checkpoint.path.glob(pattern)}
-    files = [checkpoint.path / name for name in sorted(names | {"config.json"})]
-    files = [file for file in files if file.is_file()]
-    for file in files:
-        if not lies_inside(checkpoint.path, file):
-            raise EPMQInputError(
-                f"{checkpoint.what}: `{file.name}` is a link out of the checkpoint. Put the file "
-                "there."
-            )
-    return files
+    names = matching(checkpoint.path, PATTERNS, checkpoint.what)
+    return [check_file(checkpoint.path, name, checkpoint.what) for name in names]
 
 
 def copy_companions(checkpoint: Checkpoint, entries: Sequence[Entry], folder: Path) -> None:
@@ -76,7 +66,7 @@ def copy_companions(checkpoint: Checkpoint, entries: Sequence[Entry], folder: Pa
     """
     for file in companions(checkpoint):
         shutil.copyfile(file, folder / file.name)
-    config = read_config(checkpoint)
+    config = checkpoint.config()
     dtype = _main_dtype(entries)
     if config and dtype and _set_dtype(config, dtype):
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -39,19 +39,34 @@ def check_headers(
     Raises:
         EPMQInputError: says for each expert which tensors differ and how.
     """
-    complaints = []
-    for expert, header in experts.items():
-        for text in _differences(reference, what, header):
-            complaints.append(f"expert `{expert}`: {text}")
-    if complaints:
-        raise EPMQInputError(
-            "The experts cannot be merged; nothing was computed.\n" + "\n".join(complaints)
-        )
+    found = {name: _differences(reference, what, header) for name, header in experts.items()}
+    all_found = [difference for differences in found.values() for difference in differences]
+    if not all_found:
+        return
+    complaints = [
+        f"expert `{name}`: " + ", and ".join(difference.text for difference in differences)
+        for name, differences in found.items()
+        if differences
+    ]
+    raise EPMQInputError(
+        f"the experts cannot be merged, and nothing was computed; {'; '.join(complaints)}.",
+        code=min(difference.code for difference in all_found),
+        subject=", ".join(f"expert `{name}`" for name in found if found[name]),
+        remedy=" ".join(dict.fromkeys(difference.remedy for difference in all_found)),
+    )
+
+
+class _Difference(NamedTuple):
+    """What sets one expert apart from the reference."""
+
+    code: str
+    text: str
+    remedy: str
 
 
 def _differences(
     reference: Mapping[str, Header], what: str, header: Mapping[str, Header]
-) -> list[str]:
+) -> list[_Difference]:
     missing = [name for name in reference if name not in header]
     extra = [name for name in header if name not in reference]
     tables, shapes, dtypes = [], [], []
@@ -66,19 +81,29 @@ def _differences(
                 shapes.append(f"`{name}` is {list(mine.shape)}, {what} {list(other.shape)}")
         elif mine.dtype != other.dtype and not (mine.dtype in DTYPES and other.dtype in DTYPES):
             dtypes.append(f"`{name}` is {mine.dtype}, {what} {other.dtype}")
+    alike = "Export every model in the same way."
     found = (
-        (f"lacks {{}} that {what} has", _quote(missing), "export it the same way as the others"),
-        (f"has {{}} that {what} lacks", _quote(extra), "export it the same way as the others"),
+        ("EPMQ-F01", f"lacks {{}} that {what} has", _quote(missing), alike),
+        ("EPMQ-F02", f"has {{}} that {what} lacks", _quote(extra), alike),
         (
+            "EPMQ-F05",
             "has token tables of another size: {}",
             tables,
-            "the vocabularies differ; resize with `model.resize_token_embeddings(rows)` to the "
-            "same tokenizer and save again",
+            "Resize with `model.resize_token_embeddings(rows)` to one tokenizer and save again.",
         ),
-        ("has other shapes: {}", shapes, "only models of one architecture can be merged"),
-        ("has other dtypes: {}", dtypes, "convert it to the dtypes of the others"),
+        (
+            "EPMQ-F03",
+            "has other shapes: {}",
+            shapes,
+            "Give models of one architecture; others cannot be merged.",
+        ),
+        ("EPMQ-F06", "has other dtypes: {}", dtypes, "Convert it to the dtypes of the others."),
     )
-    return [f"{text.format(_list(items))}; {remedy}." for text, items, remedy in found if items]
+    return [
+        _Difference(code, text.format(_list(items)), remedy)
+        for code, text, items, remedy in found
+        if items
+    ]
 
 
 def _is_token_table(name: str, mine: Sequence[int], other: Sequence[int]) -> bool:
@@ -104,7 +129,10 @@ def check_copied(name: str, reference: Tensor, what: str, tensor: Tensor, expert
         raise EPMQInputError(
             f"expert `{expert}`: tensor `{name}` ({tensor.dtype}) differs from that of {what}; "
             "only fp32, fp16 and bf16 tensors are merged, any other must be the same in all "
-            "models. Convert it, or make it equal."
+            "models.",
+            code="EPMQ-F06",
+            subject=f"tensor `{name}`",
+            remedy="Convert it, or make it equal.",
         )
 
 

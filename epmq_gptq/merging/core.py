@@ -72,11 +72,19 @@ def check_merge(
     """
     built = build_method(method, parameters)
     if not experts:
-        raise EPMQInputError("`experts` should name at least one expert, got none.")
+        raise EPMQInputError(
+            "`experts` should name at least one expert, got none.",
+            code="EPMQ-F20",
+            subject="`experts`",
+            remedy="Name the models to merge.",
+        )
     if built.needs_base and not has_base:
         raise EPMQInputError(
             f"`base` should be the model that the experts were tuned from: `{built.name}` adds "
-            "task vectors to it, got none. Only `average` needs no base."
+            "task vectors to it, got none.",
+            code="EPMQ-O03",
+            subject="`base`",
+            remedy="Name it; only `average` needs no base.",
         )
     built.check_experts(experts)
     return built

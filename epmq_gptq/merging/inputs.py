@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import Checkpoint, Source, open_checkpoint
-from .companions import companions, read_config
+from .companions import check_floating, companions
 from .compatibility import DTYPES, Header, check_copied, check_headers
 from .method import Stack
 
@@ -67,14 +67,14 @@ def check_inputs(inputs: Inputs) -> list[str]:
 
     Raises:
         EPMQInputError: tensors that do not match, a quantized model, a configuration that is not
-            JSON, or a link out of the checkpoint that gives the tokenizer.
+            JSON, or a companion that is a link out of the checkpoint.
     """
     reference = inputs.reference
     what = "the base" if inputs.base else "the first expert"
     headers = {expert: _header(c) for expert, (c, _) in inputs.experts.items()}
     check_headers(_header(reference), what, headers)
     for checkpoint, _ in inputs.all():
-        read_config(checkpoint)
+        check_floating(checkpoint)
     companions(reference)
     copied = [name for name in reference if reference.info(name).dtype not in DTYPES]
     for name in copied:

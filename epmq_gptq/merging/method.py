@@ -59,8 +59,10 @@ class MergeMethod:
             value = getattr(self, entry.name)
             if not entry.metadata["check"](value):
                 raise EPMQInputError(
-                    f"`{entry.name}` should be {entry.metadata['rule']}, got {value!r}. Leave it "
-                    f"out for the default of `{self.name}`, {entry.default!r}."
+                    f"`{entry.name}` should be {entry.metadata['rule']}, got {value!r}.",
+                    code="EPMQ-O01",
+                    subject=f"`{entry.name}`",
+                    remedy=f"Leave it out for the default of `{self.name}`, {entry.default!r}.",
                 )
             if isinstance(entry.default, float):
                 # 1 and 1.0 are one setting, also in the record.
@@ -165,13 +167,14 @@ class Stack:
             return
         index = (~finite).nonzero()[0].tolist()
         index[0] += rows.start
-        remedy = (
-            f"it left the range of {self.dtype}; lower the scale or use a wider base dtype"
-            if what.startswith("merged")
-            else "train or save that model again; a merge would spread it"
-        )
+        merged = what.startswith("merged")
         raise EPMQNumericalError(
-            f"{what} is not finite: {tensor[tuple(index)].item()} at index {index}; {remedy}.",
+            f"{what} is not finite: {tensor[tuple(index)].item()} at index {index}.",
+            code="EPMQ-F09" if merged else "EPMQ-F08",
+            subject=f"tensor `{self.name}`",
+            remedy=f"It left the range of {self.dtype}; lower the scale or use a wider base dtype."
+            if merged
+            else "Train or save that model again; a merge would spread it.",
             module=self.name,
             expert=expert,
         )

@@ -14,6 +14,9 @@ from .method import MergeMethod
 
 RECORD_NAME = "epmq_merge.json"
 RECORD_FORMAT = 1
+# Two computations bear the name TIES: FusionBench ranks the entries of the whole model, mergekit
+# those of each tensor. The merged weights differ.
+_TRIM = {"ties": "whole model", "ties_per_tensor": "per tensor"}
 
 
 def build_record(
@@ -30,9 +33,11 @@ def build_record(
         tick(f"digest of {checkpoint.what}")
         return {"name": source.name, "revision": source.revision, "digest": digest}
 
+    trim = _TRIM.get(method.name)
     return {
         "format": RECORD_FORMAT,
         "method": method.name,
+        **({"trim": trim} if trim else {}),
         "parameters": method.parameters(),
         "title": method.title,
         "reference": method.reference_url,

@@ -53,13 +53,21 @@ def build_method(name: str, parameters: Mapping[str, Any] | None) -> MergeMethod
         EPMQInputError: no such method or option, or a value that breaks an option's rule.
     """
     if name not in METHODS:
-        raise EPMQInputError(f"`method` should be one of {', '.join(METHODS)}, got {name!r}.")
+        raise EPMQInputError(
+            f"`method` should be one of {', '.join(METHODS)}, got {name!r}.",
+            code="EPMQ-O01",
+            subject="`method`",
+            remedy="`epmq-gptq methods` describes them.",
+        )
     method = METHODS[name]
     known = [entry.name for entry in fields(method)]
     for key in parameters or {}:
         if key not in known:
             options = ", ".join(f"`{option}`" for option in known) or "none"
             raise EPMQInputError(
-                f"`{key}` is not an option of `{name}`; its options are {options}."
+                f"`{key}` is not an option of `{name}`; its options are {options}.",
+                code="EPMQ-O02",
+                subject=f"`{key}`",
+                remedy="Leave it out, or write it as it is there.",
             )
     return method(**(parameters or {}))

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints import INDEX_NAME, WEIGHTS_NAME
 from ..errors import EPMQInputError
+from ..folders import INDEX_NAME, WEIGHTS_NAME
 
 # Bytes of one entry, by safetensors' dtype codes.
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
@@ -31,7 +31,12 @@ class Entry(NamedTuple):
     def nbytes(self) -> int:
         """How many bytes its data takes."""
         if self.dtype not in _SIZES:
-            raise EPMQInputError(f"tensor `{self.name}` has the unknown dtype {self.dtype}.")
+            raise EPMQInputError(
+                f"tensor `{self.name}` has the dtype {self.dtype}, which cannot be written.",
+                code="EPMQ-F06",
+                subject=f"tensor `{self.name}`",
+                remedy=f"Convert it to one of {', '.join(_SIZES)}.",
+            )
         return math.prod(self.shape) * _SIZES[self.dtype]
 
 

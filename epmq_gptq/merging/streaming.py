@@ -78,6 +78,7 @@ def merge(
         EPMQInputError: an option, input or output cannot be used; nothing was computed.
         EPMQNumericalError: a tensor holds NaN or Inf, or the merge left its dtype's range; nothing
             was written.
+        EPMQError: the disk ran full; nothing is left of what was written.
     """
     built = check_merge(method, parameters, base is not None, list(experts))
     place = _check_options(experts, max_shard_bytes, device)
@@ -132,18 +133,26 @@ def _check_options(
         # Names go into the record, which is published; a path of this machine must not.
         if not isinstance(name, str) or not name.strip() or name.startswith(("/", "~")):
             raise EPMQInputError(
-                f"`experts` should have short names as keys, got {name!r}; for example "
-                "`experts={'math': '/models/math'}`."
+                f"`experts` should have short names as keys, got {name!r}.",
+                code="EPMQ-O01",
+                subject="`experts`",
+                remedy="Name them as in `experts={'math': 'models/math'}`.",
             )
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise EPMQInputError(
-            f"`max_shard_bytes` should be a positive number of bytes, got {max_shard_bytes!r}; the "
-            f"default is {MAX_SHARD_BYTES}."
+            f"`max_shard_bytes` should be a positive number of bytes, got {max_shard_bytes!r}.",
+            code="EPMQ-O01",
+            subject="`max_shard_bytes`",
+            remedy=f"Leave it out for the default, {MAX_SHARD_BYTES}.",
         )
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).strip().partition("\n")[0]
         raise EPMQInputError(
-            f"`device` should be one that torch can use, got {str(device)!r}: {reason} Use 'cpu'."
+            f"`device` should be one that torch can use, got {str(device)!r}: "
+            f"{reason.rstrip('.')}.",
+            code="EPMQ-O01",
+            subject="`device`",
+            remedy="Use 'cpu'.",
         ) from error

@@ -66,8 +66,10 @@ class TiesPerTensor(MergeMethod):
         if self.weights is not None and set(self.weights) != set(names):
             raise EPMQInputError(
                 f"`weights` should name exactly the experts {sorted(names)}, got "
-                f"{sorted(self.weights)}. Give each expert one weight, or leave `weights` out for "
-                "weights of 1."
+                f"{sorted(self.weights)}.",
+                code="EPMQ-O01",
+                subject="`weights`",
+                remedy="Give each expert one weight, or leave `weights` out for weights of 1.",
             )
 
     def merge(self, stack: Stack, state: Any = None) -> Tensor:

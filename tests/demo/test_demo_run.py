@@ -34,7 +34,7 @@ def test_quick_demo(tmp_path, monkeypatch):
     # The host's log folder went to the scratch folder, not here.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
 
-    with pytest.raises(EPMQInputError, match="not empty"):
+    with pytest.raises(EPMQInputError, match="should be new or empty"):
         run_demo(options, Console(file=screen))
     before = sorted(path.name for path in (tmp_path / "cache" / "demo").iterdir())
     for wrong, message in (

@@ -154,7 +154,7 @@ def test_a_non_finite_tensor_is_named_and_leaves_no_output(tmp_path, method, bad
     before = _listing(tmp_path)
     with pytest.raises(EPMQNumericalError, match=r"expert `b`.*up\.weight.*\[7, 2\]") as caught:
         merge(method, base=base_path, experts=paths, out=tmp_path / "merged")
-    assert caught.value.expert == "b"
+    assert (caught.value.expert, caught.value.code) == ("b", "EPMQ-F08")
     assert caught.value.module == "model.layers.0.up.weight"
     assert _listing(tmp_path) == before
 
@@ -170,8 +170,9 @@ def test_a_non_finite_base_is_named():
 def test_a_result_beyond_the_dtype_is_an_error():
     base = {"w": torch.zeros(4, dtype=torch.float16)}
     experts = {"a": {"w": torch.full((4,), 60000.0, dtype=torch.float16)}}
-    with pytest.raises(EPMQNumericalError, match="merged tensor `w`.*float16"):
+    with pytest.raises(EPMQNumericalError, match="merged tensor `w`.*float16") as caught:
         merge_state_dicts("task_arithmetic", base, experts, {"lam": 2.0})
+    assert caught.value.code == "EPMQ-F09"
 
 
 def test_an_interrupt_leaves_no_output_and_the_former_one_whole(tmp_path):

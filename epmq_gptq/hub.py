@@ -1,0 +1,167 @@
+"""Models of a hub: every file from one commit, and only the files that a model needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import EPMQInputError
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# Folders hold other formats and training states; `consolidated*` is a second copy of the weights.
+_UNNEEDED = ("*/*", "consolidated*")
+
+
+class HubId(NamedTuple):
+    """``org/name`` and the branch, tag or commit after the ``@``, if any."""
+
+    repository: str
+    revision: str | None
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit, which is the same for everybody and for ever."""
+        return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
+
+    def at(self, commit: str | None) -> str:
+        """The id of the same repository at a commit."""
+        return f"{self.repository}@{commit}" if commit else self.repository
+
+
+class Fetched(NamedTuple):
+    """A snapshot in the hub's cache."""
+
+    repository: str
+    commit: str
+    folder: Path
+
+
+def parse_hub_id(text: str) -> HubId | None:
+    """``org/name[@revision]``; None for anything else."""
+    repository, at, revision = text.partition("@")
+    if _REPOSITORY.fullmatch(repository) is None or (at and not revision.strip()):
+        return None
+    return HubId(repository, revision or None)
+
+
+def local_folder(text: str, what: str) -> Path | None:
+    """The existing folder that a spec means; None for a hub id.
+
+    Raises:
+        EPMQInputError: it is a file, or a path at which there is nothing.
+    """
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null byte
+        path, exists = Path(text), False
+    # The last part of an absolute path is enough: errors get posted.
+    shown = path.name if path.is_absolute() else text
+    if exists:
+        raise EPMQInputError(
+            f"{what}: `{shown}` is a file, not a checkpoint folder.",
+            code="EPMQ-F15",
+            subject=what,
+            remedy="Give the folder that holds it.",
+        )
+    if parse_hub_id(text) is not None:
+        return None
+    raise EPMQInputError(
+        f"{what}: `{shown}` is neither an existing folder nor a hub id of the form "
+        "`org/name@revision`.",
+        code="EPMQ-F15",
+        subject=what,
+        remedy="Correct the path or the id.",
+    )
+
+
+def fetch(
+    text: str, *, what: str, patterns: Sequence[str], require_pinned: bool = False
+) -> Fetched:
+    """The files of a hub repository that match ``patterns``; from the cache what is there already.
+
+    Args:
+        text: ``org/name[@revision]``, see :func:`parse_hub_id`.
+        what: how errors call it.
+        patterns: names of files; folders of the repository are left out.
+        require_pinned: refuse a revision that is no 40-digit commit.
+
+    Raises:
+        EPMQInputError: no such repository, no access, or neither reachable nor in the cache.
+    """
+    asked = parse_hub_id(text)
+    assert asked is not None, text
+    if require_pinned and not asked.is_pinned:
+        raise EPMQInputError(
+            f"{what}: `{text}` is not pinned to a commit, and `require_pinned` is on.",
+            code="EPMQ-F16",
+            subject=what,
+            remedy="Write `org/name@` and the 40 digits of the commit.",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+    try:
+        folder = snapshot_download(
+            asked.repository,
+            revision=asked.revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(_UNNEEDED),
+        )
+    except (OSError, ValueError, HTTPError, EntryNotFoundError) as error:
+        raise _refusal(asked, what, error) from error
+    # A snapshot is named after its commit, whatever branch or tag was asked for.
+    return Fetched(asked.repository, Path(folder).name, Path(folder))
+
+
+def listed_files(fetched: Fetched) -> set[str]:
+    """The names of all files of a fetched repository, those included that were left there."""
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        from huggingface_hub import get_cached_repo_tree
+
+        tree = get_cached_repo_tree(fetched.repository, revision=fetched.commit)
+    except (ImportError, CachedRepoTreeNotFoundError):
+        return {file.name for file in fetched.folder.iterdir()}
+    return {file.path for file in tree}
+
+
+def _refusal(asked: HubId, what: str, error: Exception) -> EPMQInputError:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = asked.at(asked.revision or "main")
+    if isinstance(error, GatedRepoError):
+        cause = f"`{asked.repository}` is gated: the hub gives it only to who was granted access"
+        remedy = "Ask for access on its page, then `hf auth login` or set `HF_TOKEN`."
+    elif isinstance(error, RevisionNotFoundError):
+        cause = f"`{asked.repository}` has no revision `{asked.revision or 'main'}`"
+        remedy = "Write a branch, a tag or a commit that it has."
+    elif isinstance(error, RepositoryNotFoundError):
+        cause = f"the hub has no `{asked.repository}`, or it is private"
+        remedy = "Correct the id or the path; for a private one `hf auth login` or set `HF_TOKEN`."
+    elif isinstance(error, LocalEntryNotFoundError):
+        cause = f"`{name}` could not be fetched, and the hub's cache lacks it or a part of it: "
+        # Only this error itself says which files of a snapshot are missing.
+        incomplete = "incomplete" in str(error)
+        cause += _reason(error if incomplete else error.__cause__ or error)
+        remedy = "Try again with a connection to the hub, or give a local folder."
+    else:
+        cause = f"`{name}` could not be fetched from the hub: {_reason(error)}"
+        remedy = "Try again later, or give a local folder."
+    return EPMQInputError(f"{what}: {cause}.", code="EPMQ-F16", subject=what, remedy=remedy)
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")

@@ -1,0 +1,141 @@
+"""The models of a run and the place of its result, checked before anything slow."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from .console import Reporter
+from .errors import EPMQInputError
+from .recipe import Recipe
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds something, before anything slow is imported.
+
+    Raises:
+        EPMQInputError: naming the CLI's options.
+    """
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise EPMQInputError(
+            f"`--out`: folder `{out.name}` is not empty.",
+            code="EPMQ-F45",
+            subject="`--out`",
+            remedy="Choose another one or pass --overwrite.",
+        )
+
+
+def pinned(recipe: Recipe, reporter: Reporter) -> Recipe:
+    """The recipe with every hub id at the commit that it stands for now, and fetched.
+
+    A branch may move during a run; the merge, the quantization and the record must mean one model.
+
+    Raises:
+        EPMQInputError: a model is neither here nor to be had from the hub.
+    """
+    from .checkpoints import resolve_source
+    from .experts import split_adapter
+
+    require_pinned = recipe.quantize.get("require_pinned") is True
+
+    def pin(spec: str, what: str) -> str:
+        parts = []
+        for part in filter(None, split_adapter(recipe.source(spec))):
+            if not Path(part).is_absolute():
+                reporter.step("fetch", part)
+            source = resolve_source(part, what=what, require_pinned=require_pinned)
+            local = Path(part).is_absolute()
+            parts.append(part if local else f"{source.name}@{source.revision}")
+        return "+".join(parts)
+
+    result = copy.copy(recipe)
+    result.experts = {name: pin(each, f"expert `{name}`") for name, each in recipe.experts.items()}
+    result.quantize = dict(recipe.quantize)
+    if recipe.merged is not None:
+        result.merged = pin(recipe.merged, "`merged`")
+    elif recipe.merge.base is not None:
+        base = pin(recipe.merge.base, "`merge.base`")
+        result.merge = dataclasses.replace(recipe.merge, base=base)
+        result.quantize.setdefault("base", base)
+    if isinstance(recipe.quantize.get("base"), str):
+        result.quantize["base"] = pin(recipe.quantize["base"], "`quantize.base`")
+    return result
+
+
+def check_places(recipe: Recipe, out: Path, overwrite: bool) -> None:
+    """Refuse models that cannot be read, and an output that would destroy one or has no room.
+
+    Raises:
+        EPMQInputError: naming the model or the place.
+    """
+    from .output import check_output, check_space
+
+    folders, needed = _open_models(recipe)
+    target = check_output(out, folders, overwrite, option="--out")
+    if recipe.merge is not None and recipe.merge.keep is not None:
+        _check_keep(recipe.place(recipe.merge.keep), out, folders)
+    check_space(target, needed)
+
+
+def _open_models(recipe: Recipe) -> tuple[dict[str, Path], int]:
+    """What errors call each model → its folder; and the bytes that the run will write at least."""
+    from .checkpoints import check_folder, open_checkpoint
+    from .experts import Experts
+
+    specs = {"`merged`": recipe.merged}
+    if recipe.merge is not None:  # which takes whole models only
+        specs = {} if recipe.merge.base is None else {"`merge.base`": recipe.merge.base}
+        specs |= {f"expert `{name}`": spec for name, spec in recipe.experts.items()}
+    folders, sizes = {}, []
+    for what, spec in specs.items():
+        checkpoint, source = open_checkpoint(recipe.source(spec), what=what)
+        _refuse_quantized(checkpoint, what)
+        check_folder(source.path, what=what)
+        folders[what] = source.path
+        sizes.append(_needed_bytes(checkpoint, recipe))
+        checkpoint.close()
+    if recipe.merge is None:
+        experts = Experts(
+            {name: recipe.source(spec) for name, spec in recipe.experts.items()},
+            base=recipe.quantize.get("base"),
+        )
+        folders |= experts.folders
+        experts.close()
+    return folders, sizes[0]
+
+
+def _refuse_quantized(checkpoint, what: str) -> None:
+    if "quantization_config" in checkpoint.config():
+        raise EPMQInputError(
+            f"{what}: `{checkpoint.path.name}` is already quantized.",
+            code="EPMQ-F07",
+            subject=what,
+            remedy="Give the full-precision model.",
+        )
+
+
+def _needed_bytes(checkpoint, recipe: Recipe) -> int:
+    """The least that the result of this model takes; with a temporary merge, both."""
+    infos = [checkpoint.info(name) for name in checkpoint]
+    bits = recipe.quantize.get("bits", 4)
+    bits = int(bits) if bits in range(2, 9) else 2  # refused later, with its rule
+    needed = sum(info.numel for info in infos) * bits // 8
+    if recipe.merge is not None and recipe.merge.keep is None:
+        needed += sum(i.numel * (i.torch_dtype.itemsize if i.torch_dtype else 1) for i in infos)
+    return needed
+
+
+def _check_keep(keep: Path, out: Path, folders: Mapping[str, Path]) -> None:
+    from .output import check_output
+
+    if keep.is_file() or keep.is_dir() and any(keep.iterdir()):
+        raise EPMQInputError(
+            f"`merge.keep`: `{keep.name}` is there already.",
+            code="EPMQ-F45",
+            subject="`merge.keep`",
+            remedy=f"To quantize it, replace the `merge` block by `merged: {keep.name}`, or choose "
+            "another folder.",
+        )
+    check_output(keep, {**folders, "output": out}, False, option="merge.keep")

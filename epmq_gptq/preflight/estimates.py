@@ -1,0 +1,189 @@
+"""Disk, memory and time of a run, from shapes and token counts; estimates, and said to be."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..linears import Linear, resolve
+from .serving import Export
+
+FP32 = 4
+# Passes over a layer per batch: one for each of its inputs (q/k/v, o, gate/up, down: 2.04 of a
+# whole pass for a Llama, because each stops where it has what it needs), and one that replays it.
+PASSES = 3.0
+# Per column of the rounding loop, whatever its length: measured on this project's 2-core test
+# machine (0.17 to 0.37 ms with one thread) and, for GPUs, 14 launches a column without the host's
+# fused kernel.
+COLUMN_SECONDS = {"cpu": 3e-4, "cuda": 6e-5}
+# Per layer: hooks, copies, reports. Measured: 1.3 s for the 14 layers of a model of width 64, of
+# which everything else here explains a third.
+MODULE_SECONDS = 0.03
+# Codes that the CPU packs per second, measured: 0.4 to 0.6 s for 4096 x 4096.
+PACKED_PER_SECOND = 3e7
+# Everything that is not counted: Python, copies, attention, reading experts.
+LOW, HIGH = 0.7, 3.0
+_LAST_INDEX = re.compile(r"\.\d+$")
+# Seconds of a measurement of the device, of which there are two at most; sizes of its product.
+_MEASURE_SECONDS, _MEASURE_SIZE = 0.15, {"cpu": 512, "cuda": 4096}
+
+
+def disk(
+    merged: Any, linears: Iterable[Linear], export: Export, dtype_bytes: int | None = None
+) -> dict[str, int]:
+    """Bytes of the checkpoint.
+
+    Args:
+        merged: headers of the merged model.
+        linears: the layers that will be quantized.
+        export: bits and groups.
+        dtype_bytes: of what is not quantized; None for the bytes it has now.
+    """
+    quantized = scales = 0
+    packed: set[str] = set()
+    for linear in linears:
+        settings = export.of(linear.name)
+        if settings is None:
+            continue
+        stored = resolve(linear, merged)
+        if stored is not None:
+            packed.add(stored.tensor)
+        d, out = linear.inputs, linear.outputs
+        groups = 1 if settings.group_size <= 0 else -(-d // settings.group_size)
+        quantized += d * out * settings.bits // 8
+        # Scales fp16, zeros packed like codes, and the group of every input as int32.
+        scales += groups * out * 2 + groups * out * settings.bits // 8 + d * 4
+    rest = 0
+    for name in merged:
+        info = merged.info(name)
+        if name not in packed:
+            own = info.torch_dtype.itemsize if info.torch_dtype is not None else 4
+            rest += info.numel * (own if dtype_bytes is None else dtype_bytes)
+    return {
+        "codes": quantized,
+        "scales": scales,
+        "unquantized": rest,
+        "checkpoint": quantized + scales + rest,
+    }
+
+
+def groups(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
+    """Layers whose statistics are held at the same time → the layers.
+
+    The parts of a module that read inputs of one width; all routed modules of a layer together.
+    """
+    found: dict[str, list[Linear]] = {}
+    for linear in linears:
+        parent = linear.name.rpartition(".")[0]
+        key = f"{_LAST_INDEX.sub('', parent)}:{linear.inputs}"
+        found.setdefault(key, []).append(linear)
+    return found
+
+
+def memory(
+    merged: Any,
+    linears: Iterable[Linear],
+    *,
+    tokens: int,
+    hidden: int,
+    dtype_bytes: int,
+) -> dict[str, int]:
+    """Bytes at the peak, on the device and the host together.
+
+    The model as it is loaded; two Grams and the factor of every shared input of the widest group,
+    one D per layer of it, the merged and the target weight of its largest layer; the inputs of the
+    current layer and its outputs for all tokens.
+    """
+    numel = sum(merged.info(name).numel for name in merged)
+    statistics = 0
+    for members in groups(linears).values():
+        d = members[0].inputs
+        inputs = len({li.name.rpartition(".")[0] for li in members})
+        held = (2 * inputs + 1) * d * d + sum(li.outputs * d for li in members)
+        held += 3 * max(li.outputs * d for li in members)
+        statistics = max(statistics, held * FP32)
+    model, activations = numel * dtype_bytes, 2 * tokens * hidden * dtype_bytes
+    return {
+        "model": model,
+        "statistics": statistics,
+        "activations": activations,
+        "peak": model + statistics + activations,
+    }
+
+
+def flops(
+    linears: Iterable[Linear], *, tokens: int, experts: int, shares: Mapping[int, float]
+) -> dict[str, float]:
+    """Floating-point operations of every phase; tokens of all experts together."""
+    forward = gram = fold = solve = 0.0
+    for members in groups(linears).values():
+        d = members[0].inputs
+        outputs = sum(li.outputs for li in members)
+        inputs = len({li.name.rpartition(".")[0] for li in members})
+        reached = tokens * (shares.get(d, 1.0) if inputs > 1 else 1.0)
+        forward += PASSES * 2 * reached * d * outputs
+        gram += 2 * reached * d * d * inputs
+        fold += 2 * experts * outputs * d * d
+        solve += (4 / 3 + 1 / 3) * d**3 * inputs + 3 * outputs * d * d
+    return {"forward": forward, "gram": gram, "fold": fold, "solve": solve}
+
+
+def measure_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a square matrix product on this device, the best of those in 0.15 s."""
+    kind = torch.device(device).type
+    size = _MEASURE_SIZE.get(kind, _MEASURE_SIZE["cpu"])
+    A = torch.randn(size, size, device=device).to(dtype)
+    best, deadline = float("inf"), time.perf_counter() + _MEASURE_SECONDS
+    while True:
+        start = time.perf_counter()
+        A @ A
+        if kind == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now >= deadline:
+            return 2 * size**3 / best
+
+
+def duration(
+    linears: Iterable[Linear],
+    *,
+    tokens: int,
+    experts: int,
+    shares: Mapping[int, float],
+    rate: float,
+    forward_rate: float | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Seconds, as a range: what was counted at the measured rate, times 0.7 to 3.
+
+    Args:
+        linears: the layers that will be quantized.
+        tokens: calibration tokens of all experts.
+        experts: how many.
+        shares: width → share of the tokens that reach a layer (:func:`coverage.widths`).
+        rate: FLOP/s in fp32, see :func:`measure_rate`.
+        forward_rate: FLOP/s in the dtype of the forward passes; None for the same.
+        device: for the cost per column of the rounding loop.
+    """
+    linears = list(linears)
+    work = flops(linears, tokens=tokens, experts=experts, shares=shares)
+    forward_rate = forward_rate or rate
+    phases = {
+        name: count / (forward_rate if name == "forward" else rate) for name, count in work.items()
+    }
+    column = COLUMN_SECONDS.get(torch.device(device).type, COLUMN_SECONDS["cpu"])
+    phases["rounding"] = column * sum(li.inputs for li in linears)
+    phases["overhead"] = MODULE_SECONDS * len(linears)
+    phases["packing"] = sum(li.inputs * li.outputs for li in linears) / PACKED_PER_SECOND
+    total = sum(phases.values())
+    return {
+        "phases": phases,
+        "seconds": [LOW * total, HIGH * total],
+        "flops_per_second": {"forward": forward_rate, "statistics": rate},
+        "tokens": tokens,
+    }

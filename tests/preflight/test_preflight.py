@@ -1,0 +1,175 @@
+"""The preflight as a whole: what it finds, what it reads, and how it is raised."""
+
+import json
+
+import pytest
+import torch
+from stores import CONFIG, average, codes, folder, linears, store, tensors
+
+from epmq_gptq.checkpoints import Checkpoint
+from epmq_gptq.errors import EPMQInputError
+from epmq_gptq.experts import Experts
+from epmq_gptq.preflight import Finding, Preflight, preflight
+from epmq_gptq.preflight.weights import MERGED
+
+BASE_STATE = tensors()
+A, B = (tensors(seed, like=BASE_STATE) for seed in (1, 2))
+OPTIONS = dict(group_size=-1)
+
+
+def experts(tmp_path, **states):
+    return Experts(
+        {name: str(folder(tmp_path / name, *_pair(state))) for name, state in states.items()}
+    )
+
+
+def _pair(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def check(tmp_path, merged=None, config=None, **states):
+    options = {k: states.pop(k) for k in list(states) if k in ("verify", "base", "tokens")}
+    merged = store(average([A, B]) if merged is None else merged, config=config)
+    return preflight(merged, experts(tmp_path, **states), linears(), **OPTIONS, **options)
+
+
+def test_a_good_set_of_inputs_has_no_errors_and_all_tables(tmp_path):
+    result = check(tmp_path, a=A, b=B, base=store(BASE_STATE), tokens={"a": 100, "b": 90})
+    assert not result.errors and not result.warnings
+    assert list(result.models) == [MERGED, "a", "b", "`base`"]
+    assert result.similarity["share"] == 1 and result.similarity["reference"] == "base"
+    assert result.coverage["tokens"] == {"a": 100, "b": 90}
+    assert set(result.estimates) == {"disk", "memory", "time"}
+    assert result.serving["GPTQModel"]["verdict"] == "yes"
+    assert json.loads(json.dumps(result.to_dict()))["verify"] == "sample"
+    result.raise_errors()
+
+
+def test_headers_read_no_weight(tmp_path, monkeypatch):
+    merged = Checkpoint(folder(tmp_path / "m", average([A, B])), what=MERGED)
+    for method in ("read", "read_rows"):
+        monkeypatch.setattr(Checkpoint, method, None)
+    result = preflight(merged, experts(tmp_path, a=A, b=B), linears(), verify="headers", **OPTIONS)
+    assert not result.errors and result.bytes_read == 0 and result.similarity == {}
+
+
+def test_a_sample_reads_what_it_says(tmp_path, monkeypatch):
+    """Counted at the store, on layers that are larger than the sample."""
+    import epmq_gptq.preflight.weights as weights
+
+    monkeypatch.setattr(weights, "SAMPLE_BYTES", 1000)
+    read = []
+    whole, part = Checkpoint.read, Checkpoint.read_rows
+
+    def count(method):
+        def counted(self, *arguments):
+            tensor = method(self, *arguments)
+            read.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        return counted
+
+    monkeypatch.setattr(Checkpoint, "read", count(whole))
+    monkeypatch.setattr(Checkpoint, "read_rows", count(part))
+    merged = Checkpoint(folder(tmp_path / "m", average([A, B])), what=MERGED)
+    default = weights.Models.sample
+    monkeypatch.setattr(weights.Models, "sample", lambda self, layers: default(self, layers, 1000))
+    result = preflight(merged, experts(tmp_path, a=A, b=B), linears(), **OPTIONS)
+    assert sum(read) == result.bytes_read
+    # Three models: one block each to see that they differ, and the sample of each.
+    assert result.bytes_read <= 3 * (16 * 8 * 4 + 1000)
+    assert 0 < result.similarity["share"] < 0.5
+
+
+def test_everything_wrong_is_found_at_once(tmp_path):
+    missing = {name: tensor for name, tensor in A.items() if ".1.mlp" not in name}
+    result = check(
+        tmp_path,
+        a=(missing, {**CONFIG, "hidden_act": "gelu"}),
+        b={**B, "model.layers.0.mlp.up_proj.weight": torch.ones(16, 9)},
+        tokens={"a": 0, "b": 90},
+    )
+    assert sorted(codes(result.findings, "error")) == ["F01", "F01", "F03", "F04", "F22"]
+    levels = [finding.level for finding in result.findings]
+    assert levels == sorted(levels, key=("error", "warning", "note").index)
+    assert result.similarity == {}
+    with pytest.raises(EPMQInputError) as caught:
+        result.raise_errors()
+    # Where the network is another one, missing tensors are the consequence.
+    assert (caught.value.code, caught.value.subject) == ("EPMQ-F04", "expert `a`")
+    assert "`hidden_act` is 'gelu'" in caught.value.cause
+    assert "4 other errors besides" in caught.value.cause
+
+
+def test_an_error_lists_twenty_of_a_kind():
+    result = Preflight()
+    what = "expert `x`"
+    result.add(Finding("error", "EPMQ-F01", what, f"{what}: `m{i}` is gone.") for i in range(23))
+    result.add([result.findings[0]])
+    with pytest.raises(EPMQInputError, match=r"`m19` is gone; and 3 more\.$") as caught:
+        result.raise_errors()
+    assert len(result.findings) == 23 and "m20" not in str(caught.value)
+    assert str(caught.value).startswith("expert `x`: `m0` is gone; `m1` is gone; ")
+    Preflight(findings=[Finding("warning", "EPMQ-F23", "x", "few.")]).raise_errors()
+
+
+def test_a_strangers_name_cannot_move_the_cursor():
+    finding = Finding("warning", "EPMQ-F02", "x", "tensor `a\x1b[2Jb\nc` is extra.")
+    assert "\x1b" not in finding.cause and "\n" not in str(finding)
+
+
+def test_duplicates_are_refused_unless_allowed(tmp_path):
+    result = check(tmp_path, merged=B, a=A, b=dict(A))
+    assert codes(result.errors) == ["F17"]
+    twins = experts(tmp_path / "again", a=A, b=dict(A))
+    allowed = preflight(store(B), twins, linears(), allow_duplicates=True, **OPTIONS)
+    assert not allowed.errors and "F17" in codes(allowed.findings, "note")
+
+
+@pytest.mark.parametrize("verify", ["headers", "sample", "full"])
+def test_values_that_are_not_finite_are_found_when_all_is_read(tmp_path, verify):
+    bad = {name: tensor.clone() for name, tensor in A.items()}
+    bad["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    bad["model.layers.1.mlp.up_proj.weight"][5, 1] = float("inf")
+    merged = average([A, B])
+    merged["model.norm.weight"][4] = -float("inf")
+    result = check(tmp_path, merged=merged, a=bad, b=B, verify=verify)
+    if verify != "full":
+        assert not result.errors
+        return
+    assert codes(result.errors) == ["F08", "F09"]
+    assert "`model.layers.1.mlp.up_proj` holds 1 NaN and 1 infinite values" in str(result.errors[0])
+    assert "the first at index (3, 2)" in result.errors[0].cause
+    assert "`model.norm.weight`" in result.errors[1].cause and "(4,)" in result.errors[1].cause
+    assert result.finite["a"]["where"]["model.layers.1.mlp.up_proj"]["first"] == (3, 2)
+    assert result.finite["b"] == {"tensors": 6, "nan": 0, "inf": 0, "large": 0, "where": {}}
+
+
+def test_large_half_precision_values_are_a_note(tmp_path):
+    half = {name: tensor.half() for name, tensor in A.items()}
+    half["model.layers.0.mlp.up_proj.weight"][0, 0] = 65000
+    result = check(tmp_path, a=half, b=B, verify="full")
+    assert not result.errors and "65,504" in str(result.findings)
+    float32 = {name: tensor.float() for name, tensor in half.items()}
+    quiet = check(tmp_path / "other", a=float32, b=B, verify="full")
+    assert "65,504" not in str(quiet.findings)
+
+
+def test_a_tied_head_cannot_be_quantized(tmp_path):
+    from epmq_gptq.linears import Linear
+
+    merged = {name: tensor for name, tensor in A.items() if name != "lm_head.weight"}
+    head = Linear("lm_head", (20, 8), ("lm_head.weight",))
+    result = preflight(
+        store(merged, config={**CONFIG, "tie_word_embeddings": True}),
+        experts(tmp_path, a=(merged, {**CONFIG, "tie_word_embeddings": True})),
+        [*linears(), head],
+        lm_head=True,
+        **OPTIONS,
+    )
+    assert codes(result.errors) == ["F37"]
+
+
+def test_a_wrong_depth_is_refused(tmp_path):
+    with pytest.raises(EPMQInputError, match="`verify` should be one of headers, sample, full"):
+        check(tmp_path, a=A, verify="deep")

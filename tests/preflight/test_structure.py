@@ -1,0 +1,94 @@
+"""Configurations are compared by what they mean, not by how a version of transformers spells it."""
+
+import pytest
+from stores import CONFIG
+
+from epmq_gptq.preflight.structure import compare_configs, normalised
+
+
+def compared(changes, merged=CONFIG):
+    return list(compare_configs(merged, {**CONFIG, **changes}, "expert `x`"))
+
+
+def test_equal_and_empty_configurations_say_nothing():
+    assert not compared({}) and not list(compare_configs(CONFIG, {}, "x"))
+    assert not compared(
+        {"_name_or_path": "elsewhere", "torch_dtype": "float16", "use_cache": False}
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "qwen2"},
+        {"hidden_size": 16},
+        {"num_hidden_layers": 3},
+        {"num_attention_heads": 4},
+        {"num_key_value_heads": 1},
+        {"head_dim": 8},
+        {"intermediate_size": 32},
+        {"hidden_act": "gelu"},
+    ],
+)
+def test_what_changes_a_linear_layer_is_an_error_that_names_both_values(change):
+    (finding, *others) = compared(change)
+    ((name, value),) = change.items()
+    assert (finding.level, finding.code, finding.subject) == ("error", "EPMQ-F04", "expert `x`")
+    assert f"`{name}` is {value!r}, the merged model has" in finding.cause
+    assert all(other.level != "error" for other in others)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"rope_theta": 500000.0}, "rope_theta"),
+        ({"rms_norm_eps": 1e-6}, "norm eps"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta"),
+    ],
+)
+def test_what_changes_activations_only_is_a_warning(change, word):
+    (finding,) = compared(change)
+    assert finding.level == "warning" and word in finding.cause and finding.remedy
+
+
+def test_spellings_of_one_setting_are_no_difference():
+    new = {k: v for k, v in CONFIG.items() if k != "rope_theta"}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    new["head_dim"] = 4
+    new["sliding_window"] = 4096
+    new["use_sliding_window"] = False
+    old = {k: v for k, v in CONFIG.items() if k not in ("num_key_value_heads", "rope_theta")}
+    old["rope_scaling"] = None
+    assert not list(compare_configs(new, old, "x"))
+    gpt2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2}
+    assert normalised(gpt2)["hidden_size"] == 8 and normalised(gpt2)["head_dim"] == 4
+    assert not list(
+        compare_configs(
+            {"hidden_activation": "gelu_pytorch_tanh", "model_type": "gemma"},
+            {"hidden_act": "gelu_new", "model_type": "gemma"},
+            "x",
+        )
+    )
+
+
+def test_the_text_part_of_a_multimodal_configuration_is_compared():
+    nested = {"model_type": "gemma3", "text_config": {**CONFIG, "model_type": "llama_text"}}
+    assert not list(compare_configs(CONFIG, nested, "x"))
+    (finding,) = compare_configs(CONFIG, {"text_config": {**CONFIG, "hidden_size": 6}}, "x")
+    assert finding.level == "error" and "`hidden_size` is 6" in finding.cause
+
+
+def test_a_head_that_is_tied_in_one_of_the_two_is_a_note():
+    (finding,) = compared({"tie_word_embeddings": True})
+    assert (finding.level, finding.code) == ("note", "EPMQ-F37")
+
+
+def test_rope_blocks_per_layer_kind_and_strange_values_do_not_break():
+    blocks = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4}}
+    assert not compared({"rope_parameters": blocks}, {**CONFIG, "rope_parameters": blocks})
+    assert compared({"rope_parameters": {**blocks, "x": {}}}, {**CONFIG, "rope_parameters": blocks})
+    for value in (None, [], "8", -1, {"a": 1}, True):
+        for key in (*CONFIG, "rope_scaling", "rope_parameters", "text_config"):
+            compared({key: value})
