@@ -168,11 +168,15 @@ def test_an_expert_of_another_shape_or_with_missing_tensors_is_refused(untouched
     tensors = load_file(file)
     del tensors[f"{V_PROJ}.weight"]
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 4)
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(5)
     save_file(tensors, file)
-    with pytest.raises(
-        EPMQInputError,
-        match=r"expert `expert1`.*v_proj.weight` is missing.*up_proj.weight` has shape \(3, 4\)",
-    ):
+    missing = r"expert `expert1`: `\S+v_proj.weight` is missing\. 2 other errors besides"
+    with pytest.raises(EPMQInputError, match=missing):
+        load(merged, experts).quantize(rows)
+    tensors[f"{V_PROJ}.weight"] = torch.zeros(32, 64)
+    save_file(tensors, file)
+    shapes = r"up_proj.weight` has shape \(3, 4\).*down_proj.weight` has shape \(5,\)"
+    with pytest.raises(EPMQInputError, match=shapes):
         load(merged, experts).quantize(rows)
 
 
@@ -195,7 +199,7 @@ def test_a_group_size_that_does_not_divide_is_refused(untouched):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"calibration_concat_size": 64}, "calibration_concat_size"),
+        ({"calibration_concat_separator": "x"}, "calibration_concat_separator"),
         ({"calibration_sort": "shuffle"}, "calibration_sort"),
         ({"batch_size": 0}, "batch_size"),
     ],
@@ -210,7 +214,7 @@ def test_a_curvature_that_needs_damping_is_not_damped_behind_your_back(family):
     """Too small an anchor: the host would raise its damping, or round to nearest, in silence."""
     merged, experts, _ = family
     few = {name: tiny.rows(1, 12, seed=0) for name in experts}
-    with pytest.raises(EPMQNumericalError, match=r"q_proj.*not positive definite.*raise `alpha`"):
+    with pytest.raises(EPMQNumericalError, match=r"q_proj.*not positive definite.*Raise `alpha`"):
         load(merged, experts, alpha=1e-13).quantize(few)
     report = load(merged, experts, alpha=1e-13, on_bad_module="rtn").quantize(few)["epmq"]
     assert {m.target for m in report.modules} == {"rtn"}

@@ -34,7 +34,9 @@ def model(family):
 
 def test_provenance_is_complete_and_holds_nothing_private(model, family, tmp_path):
     merged, experts = family
-    (merged / "epmq_merge.json").write_text(json.dumps({"method": "average"}))
+    merge = {"format": 1, "method": "average", "parameters": {}, "base": None}
+    merge["experts"] = {name: {"name": name, "revision": None} for name in experts}
+    (merged / "epmq_merge.json").write_text(json.dumps(merge))
     config = EPMQConfig(group_size=32, experts=experts, alpha=0.1, alpha_pattern={"o_proj": 1})
     other = tiny.load(merged, config)
     other.quantize({name: tiny.rows(4, 40, seed=1) for name in experts})
@@ -46,7 +48,7 @@ def test_provenance_is_complete_and_holds_nothing_private(model, family, tmp_pat
     record = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["meta"]["epmq"]
     assert record["method"] == "E-PMQ" and record["alpha"] == 0.1
     assert record["alpha_pattern"] == {"o_proj": 1.0}
-    assert record["merge"] == {"method": "average"}
+    assert record["merge"] == merge | {"tool": "epmq_gptq"}
     assert set(record["versions"]) == {"epmq_gptq", "gptqmodel", "torch", "transformers"}
     assert [e["name"] for e in record["experts"]] == list(experts)
     for expert in record["experts"]:
