@@ -11,7 +11,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from .checkpoints import Checkpoint
 from .errors import EPMQInputError
 from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_refusal, list_folder, read_json
 from .linears import Linear, StoredWeight, piece, resolve
+from .options import exists
 from .state_dicts import StateDict
 
 _PREFIX = "base_model.model."
@@ -47,15 +47,10 @@ _FACTOR = re.compile(
 _UNUSED = re.compile(
     r".+\.(?:lora_embedding_[AB]|lora_B\.bias|bias|token_adapter\..+|trainable_tokens\w*)"
 )
-
-
-@dataclass
-class Factors:
-    """The tensors of one adapted module, as stored."""
-
-    A: torch.Tensor | None = None  # (r, in)
-    B: torch.Tensor | None = None  # (out, r)
-    magnitude: torch.Tensor | None = None  # (out,), DoRA
+# The number of a layer.
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+# Names inside PEFT's wrappers; what it saves has the name of the module in the base.
+_NOT_WHOLE = re.compile(r"\.(?:lora_\w+|modules_to_save|original_module)\.")
 
 
 class Update(NamedTuple):
@@ -90,7 +85,7 @@ class Adapter:
         self.tensors = tensors
         self._config = _lora_config(options, what)
         self.base: str | None = self._config.base_model_name_or_path or None
-        if self.base and self._config.revision:
+        if self.base and self._config.revision and not exists(Path(self.base)):
             self.base = f"{self.base}@{self._config.revision}"
         self._names: dict[str, dict[str, str]] = {}  # module -> "A" | "B" | "magnitude" -> tensor
         self.replaced: dict[str, str] = {}  # tensor of the base -> tensor that takes its place
@@ -133,12 +128,13 @@ class Adapter:
 
         Args:
             linears: of the merged model.
-            known: the base; an adapted module that has a tensor there but is not quantized (an
-                embedding, a router, a layer left out) changes nothing and is fine.
+            known: the base; what is adapted or replaced there but not quantized (an embedding, a
+                router, a layer left out) changes nothing and is fine.
 
         Raises:
-            EPMQInputError: shapes that do not fit, or an adapted module that nobody knows.
+            EPMQInputError: shapes that do not fit, or a module that nobody knows.
         """
+        linears = list(linears)
         bound: dict[str, StoredWeight] = {}
         for linear in linears:
             place = next((p for p in _modules(linear) if p.tensor in self._names), None)
@@ -155,14 +151,26 @@ class Adapter:
                     "Give the adapter of the same base.",
                 )
             bound[linear.name] = place
-        for module in set(self._names) - {place.tensor for place in bound.values()}:
-            if f"{module}.weight" not in known and module not in known:
+        self._refuse_strangers(linears, {place.tensor for place in bound.values()}, known)
+        return bound
+
+    def _refuse_strangers(
+        self, linears: list[Linear], bound: set[str], known: Checkpoint | StateDict
+    ) -> None:
+        places = [place.tensor for linear in linears for place in linear.stored]
+        mine = {tensor.removesuffix(".weight") for tensor in places} | bound
+        leaves = {module.rpartition(".")[2] for module in mine}
+        replaced = (tensor.removesuffix(".weight") for tensor in self.replaced)
+        for module in (*self._names, *replaced):
+            if module in mine or f"{module}.weight" in known or module in known:
+                continue
+            # Outside of the layers: a head that the base ties to its embedding has no tensor there.
+            if _NUMBER.search(module) or module.rpartition(".")[2] in leaves:
                 raise self._refusal(
-                    f"it adapts `{module}`, which neither its base nor the merged model has.",
+                    f"it changes `{module}`, which neither its base nor the merged model has.",
                     f"module `{module}`",
                     "Give the adapter of the same base.",
                 )
-        return bound
 
     def replacement(self, linear: Linear) -> StoredWeight | None:
         """The whole weight that it keeps of this layer (`modules_to_save`), if it does."""
@@ -198,7 +206,7 @@ class Adapter:
             self._names.setdefault(factor["module"], {})[kind] = name
         elif _UNUSED.fullmatch(plain):
             self.unused.append(plain)
-        elif plain.endswith(".weight") and ".lora_" not in plain:
+        elif plain.endswith(".weight") and not _NOT_WHOLE.search(plain):
             # `modules_to_save`: trained whole, so it takes the place of the base's weight.
             self.replaced[plain.replace(".base_layer.", ".")] = name
         else:

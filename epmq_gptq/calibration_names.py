@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EPMQInputError
-from .options import from_mapping
-from .rows import DATA_FREE, RowSource, TaggedSource, is_data_free
+from .options import documented, from_mapping
+from .row_checks import KINDS
+from .rows import DATA_FREE, JSON_LINES, PARQUET, RowSource, TaggedSource, is_data_free
 
 # What a recipe's `calibration` holds once it was checked.
 CalibrationBlock = TaggedSource | dict[str, list[RowSource] | str]
@@ -38,12 +39,12 @@ def recipe_calibration(value: Any, experts: Sequence[str]) -> CalibrationBlock:
 def _sources(value: Any, expert: str) -> list[RowSource]:
     what = f"`calibration.{expert}`"
     values = value if isinstance(value, list) else [value]
-    if not values:
+    if not values or any(map(is_data_free, values)):
         raise EPMQInputError(
-            f"{what} is empty.",
+            f"{what} is empty." if not values else f"{what} has `data_free` in a list.",
             code="EPMQ-F22",
             subject=f"expert `{expert}`",
-            remedy="Give rows of that expert's own task.",
+            remedy="Give rows of that expert's own task, or `data_free` in their place.",
         )
     if len(values) == 1:
         places = [what]
@@ -64,15 +65,8 @@ def experts_with_rows(
     """The experts that should have rows, and have them."""
     if isinstance(calibration, Mapping):
         for name, value in calibration.items():
-            if is_data_free(value) != (name in data_free) and name in experts:
-                has = "is `data_free`" if is_data_free(value) else "has rows"
-                other = "does not name it" if is_data_free(value) else "names it as well"
-                raise EPMQInputError(
-                    f"`calibration` of expert `{name}` {has}, and the option `data_free` {other}.",
-                    code="EPMQ-O03",
-                    subject=f"expert `{name}`",
-                    remedy="Say the same in both.",
-                )
+            if name in experts:
+                check_data_free(name, is_data_free(value), name in data_free)
         calibration = {k: v for k, v in calibration.items() if not is_data_free(v)}
     named = [name for name in experts if name not in data_free]
     check_names(calibration, named)
@@ -80,17 +74,26 @@ def experts_with_rows(
     return named
 
 
+def check_data_free(expert: str, given: bool, option: bool) -> None:
+    """Refuse a calibration and an option ``data_free`` that contradict each other.
+
+    Raises:
+        EPMQInputError: one of them says that the expert has no rows, and the other that it has.
+    """
+    if given != option:
+        has = "is `data_free`" if given else "has rows"
+        other = "does not name it" if given else "names it as well"
+        raise EPMQInputError(
+            f"`calibration` of expert `{expert}` {has}, and the option `data_free` {other}.",
+            code="EPMQ-O03",
+            subject=f"expert `{expert}`",
+            remedy="Say the same in both.",
+        )
+
+
 def given_sources(value: Any, expert: str) -> list[RowSource]:
     """The sources that a Python caller may mean."""
-    if type(value) is RowSource:
-        return [value]
     what = f"calibration of expert `{expert}`"
-    if isinstance(value, (str, Path)):
-        return [RowSource.from_option(str(value), what)]
-    if isinstance(value, Mapping):
-        return [RowSource.from_option(value, what)]
-    if isinstance(value, (list, tuple)) and value and all(type(v) is RowSource for v in value):
-        return list(value)
     if value is None:
         raise EPMQInputError(
             f"{what} should be rows, got None.",
@@ -98,7 +101,54 @@ def given_sources(value: Any, expert: str) -> list[RowSource]:
             subject=f"expert `{expert}`",
             remedy="Give rows of that expert's own task.",
         )
+    if isinstance(value, Mapping):
+        _check_options(value, what, expert)
+    if isinstance(value, (str, Path, Mapping)) or type(value) is RowSource:
+        return [_source(value, what)]
+    if isinstance(value, (list, tuple)) and value:
+        if all(map(_is_source, value)):
+            return [_source(each, what) for each in value]
+        _check_no_names(value, what, expert)
     return [RowSource(rows=value)]
+
+
+def _check_options(value: Mapping, what: str, expert: str) -> None:
+    """A row, a tokenizer's batch and a dataset's splits are mappings too."""
+    splits = any(hasattr(each, "column_names") for each in value.values())
+    if "rows" not in value and (splits or set(KINDS) & set(value)):
+        remedy = "Give one of its splits." if splits else "Put the rows, a mapping each, in a list."
+        raise EPMQInputError(
+            f"{what} is a mapping of {listed(map(str, value))}, where rows should be.",
+            code="EPMQ-F32",
+            subject=f"expert `{expert}`",
+            remedy=remedy,
+        )
+
+
+def _is_source(value: Any) -> bool:
+    """Whether what is in a list says where rows are and is no row."""
+    if isinstance(value, Mapping):
+        return not set(KINDS) & set(value) and bool(set(documented(RowSource)) & set(value))
+    return type(value) is RowSource or isinstance(value, Path)
+
+
+def _source(value: Any, what: str) -> RowSource:
+    if type(value) is RowSource:
+        return value
+    return RowSource.from_option(str(value) if isinstance(value, Path) else value, what)
+
+
+def _check_no_names(rows: Sequence[Any], what: str, expert: str) -> None:
+    """Names of files in a list would be read as texts, in a recipe they are files."""
+    names = [row for row in rows if isinstance(row, str) and len(row.split()) == 1]
+    files = [name for name in names if Path(name).suffix.lower() in (*JSON_LINES, *PARQUET, ".txt")]
+    if len(files) == len(rows) or is_data_free(rows[0]):
+        raise EPMQInputError(
+            f"{what}: the rows should be texts, got `{Path(rows[0]).name[:80]}`.",
+            code="EPMQ-F32",
+            subject=f"expert `{expert}`",
+            remedy="In a list a file is a `Path`; `data_free` stands in place of the list.",
+        )
 
 
 # ---- the names ---------------------------------------------------------------------------------

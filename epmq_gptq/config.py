@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import json
-import math
-import numbers
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from gptqmodel.quantization.config import GPTQConfig
+from gptqmodel.quantization.config import FORMAT, GPTQConfig
 
+from .config_checks import (
+    BITS,
+    GROUP_SIZES,
+    LARGEST_WEIGHT,
+    check_alpha,
+    check_dynamic,
+    check_experts,
+    check_grid,
+    check_pattern,
+    number,
+    pattern_matches,
+)
+from .config_files import CONFIG_VERSION, known_options, options_of, parsed
 from .errors import EPMQInputError
-from .memory import InMemoryExpert, in_memory, is_in_memory
-from .options import bad_option, closest, parse_yaml, shown
+from .options import bad_option, parse_json, parse_yaml, write_yaml
 from .weighting import WEIGHTINGS
 
-CONFIG_VERSION = 1
+__all__ = ["BITS", "CONFIG_VERSION", "GROUP_SIZES", "NUMERICAL_DAMP", "EPMQConfig"]
 
 # The anchor λ is the damping. The host insists on a value in (0, 1) and adds it once more, so it
 # gets one that changes no bit of an fp32 diagonal that the anchor already holds up.
 NUMERICAL_DAMP = 1e-12
 
-BITS = (2, 3, 4, 5, 6, 7, 8)
-# What the host's kernels pack and run.
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
-
-# Expert names reach file names, tables and the published provenance.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Layouts that a GPTQ run can be saved in.
+_FORMATS = (FORMAT.GPTQ, FORMAT.GPTQ_V2, FORMAT.GPTQ_P)
 
 # Host features that move the weights or replace the objective, so that the experts' weights would
 # no longer be comparable with the merged ones.
@@ -45,19 +46,6 @@ _REFUSED = {
     "activation": "W4A streams change the inputs the statistics are taken from",
     "preprocessors": "they change the merged weights but not the experts'",
     "mock_quantization": "it skips the curvature that carries the method",
-}
-_REFUSED_DYNAMIC = ("damp_percent", "gptaq", "foem", "adapter")
-
-# Fields of the host that describe this machine or this process, not the quantization.
-_NOT_SERIALISED = {
-    "offload_to_disk_path",
-    "device",
-    "meta",
-    "method",
-    "damp_percent",
-    "damp_auto_increment",
-    "smooth",
-    "compute_device_filter",
 }
 
 
@@ -72,8 +60,8 @@ class EPMQConfig(GPTQConfig):
             PEFT model or a state dict, which is not copied. The order is the order in which they
             are folded. At least one.
         alpha: strength of the anchor to the merged weights, λ = alpha · tr(H) / d (eq. 13). The
-            paper uses 0.01–0.1 for CLIP, 1 for LLMs, 10 for WUDI merges. Large values give plain
-            GPTQ of the merge; 0 is allowed only where every Gram has full rank.
+            paper uses 0.01–0.1 for CLIP, 1 for LLMs, 10 for WUDI merges. Large values (1e7)
+            give plain GPTQ of the merge; 0 is allowed only where every Gram has full rank.
         alpha_pattern: other alphas for some linear layers: a regular expression that must match the
             end of the module's full name, whole path parts (``"mlp.down_proj"``, ``"layers.0..*"``;
             PEFT's rule for its pattern options) → alpha. The first match wins.
@@ -82,7 +70,7 @@ class EPMQConfig(GPTQConfig):
         weighting: how much each expert counts: ``"raw"`` sums over its calibration tokens, as the
             paper does; ``"token"``: as if all had equally many tokens; ``"trace"``: as if all had
             the same tr(H_i) in every layer. See :class:`~epmq_gptq.weighting.Weighting`.
-        expert_weights: a factor on top, for some experts (default 1).
+        expert_weights: a factor on top, for some experts (default 1; 1e-6 to 1e6).
         data_free: experts that have no calibration rows: in place of their Gram goes that of their
             task vector, see :func:`~epmq_gptq.statistics.data_free_gram`. Not part of the paper.
         allow_duplicates: accept experts that are the same model under two names; each counts.
@@ -117,32 +105,41 @@ class EPMQConfig(GPTQConfig):
     on_bad_module: str = field(default="raise", metadata={"choices": ["raise", "rtn"]})
 
     def __post_init__(self) -> None:
-        self.experts = _check_experts(self.experts)
-        self.alpha = _check_alpha(self.alpha, "alpha")
+        self.experts = check_experts(self.experts)
+        self.alpha = check_alpha(self.alpha, "alpha")
         if not isinstance(self.alpha_pattern, Mapping):
             raise bad_option(
                 "alpha_pattern", "a mapping of module patterns to alphas", self.alpha_pattern
             )
         self.alpha_pattern = {
-            _check_pattern(pattern): _check_alpha(value, f"alpha_pattern[{pattern!r}]")
+            check_pattern(pattern): check_alpha(value, f"alpha_pattern[{pattern!r}]")
             for pattern, value in self.alpha_pattern.items()
         }
         self._check_choices()
         self._check_weighting()
-        self._check_grid()
+        check_grid(vars(self))
+        self.bits, self.group_size = int(self.bits), int(self.group_size)
+        if self.group_size == -1 and self.act_group_aware is None:
+            self.act_group_aware = False
+        check_dynamic(self.dynamic)
         self._check_damping()
         self._check_host_features()
         try:
             super().__post_init__()
+            # Compiles every pattern, which it would otherwise do at the first layer.
+            self.dynamic_get("")
         except EPMQInputError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise EPMQInputError(
                 f"EPMQConfig: {str(error).rstrip('.')}.",
                 code="EPMQ-O01",
                 subject="EPMQConfig",
                 remedy="GPTQModel's documentation of `GPTQConfig` says what it takes.",
             ) from error
+        if self.format not in _FORMATS:
+            names = "one of " + ", ".join(known.value for known in _FORMATS)
+            raise bad_option("format", names, self.format)
 
     def _check_choices(self) -> None:
         if self.on_bad_module not in ("raise", "rtn"):
@@ -167,17 +164,21 @@ class EPMQConfig(GPTQConfig):
         for name, value in self.expert_weights.items():
             self._check_known(name, "expert_weights")
             option = f"expert_weights[{name!r}]"
-            weights[name] = _number(value, option)
+            weights[name] = number(value, option)
             if weights[name] <= 0:
                 raise bad_option(
                     option, "above 0", value, "Leave out an expert that should not count."
                 )
+            if not 1 / LARGEST_WEIGHT <= weights[name] <= LARGEST_WEIGHT:
+                raise bad_option(
+                    option, f"between {1 / LARGEST_WEIGHT:g} and {LARGEST_WEIGHT:g}", value
+                )
         self.expert_weights = weights
         if isinstance(self.data_free, str) or not isinstance(self.data_free, (list, tuple)):
             raise bad_option("data_free", "a list of experts' names", self.data_free)
-        self.data_free = list(dict.fromkeys(self.data_free))
         for name in self.data_free:
             self._check_known(name, "data_free")
+        self.data_free = list(dict.fromkeys(self.data_free))
         if len(self.data_free) == len(self.experts):
             raise bad_option(
                 "data_free",
@@ -196,23 +197,13 @@ class EPMQConfig(GPTQConfig):
             )
 
     def _check_known(self, name: Any, option: str) -> None:
-        if name not in self.experts:
+        if not isinstance(name, str) or name not in self.experts:
             raise EPMQInputError(
                 f"`{option}` names {name!r}, which is not one of the experts {list(self.experts)}.",
                 code="EPMQ-F21",
                 subject=f"`{option}`",
                 remedy="Use the names under `experts`.",
             )
-
-    def _check_grid(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in BITS:
-            raise bad_option("bits", f"one of {list(BITS)}", self.bits, code="EPMQ-F33")
-        if self.group_size not in GROUP_SIZES:
-            raise bad_option(
-                "group_size", f"one of {list(GROUP_SIZES)}", self.group_size, code="EPMQ-F33"
-            )
-        if self.group_size == -1 and self.act_group_aware is None:
-            self.act_group_aware = False
 
     def _check_damping(self) -> None:
         if self.damp_percent not in (None, NUMERICAL_DAMP):
@@ -242,20 +233,11 @@ class EPMQConfig(GPTQConfig):
                     subject=f"`{name}`",
                     remedy="Leave it out.",
                 )
-        for pattern, override in (self.dynamic or {}).items():
-            for name in _REFUSED_DYNAMIC:
-                if isinstance(override, Mapping) and name in override:
-                    raise EPMQInputError(
-                        f"`dynamic[{pattern!r}]` sets `{name}`, which EPMQConfig does not allow.",
-                        code="EPMQ-O03",
-                        subject="`dynamic`",
-                        remedy="Use `alpha_pattern` for a module's anchor.",
-                    )
 
     def alpha_for(self, module: str) -> float:
         """The alpha of the linear layer with this full name."""
         for pattern, alpha in self.alpha_pattern.items():
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+            if pattern_matches(pattern, module):
                 return alpha
         return self.alpha
 
@@ -280,43 +262,16 @@ class EPMQConfig(GPTQConfig):
 
     def to_options(self) -> dict[str, Any]:
         """Every option that differs from its default, as plain data, with the format's version."""
-        options: dict[str, Any] = {"epmq_config_version": CONFIG_VERSION}
-        for option in dataclasses.fields(self):
-            if not option.init or option.name in _NOT_SERIALISED:
-                continue
-            value = getattr(self, option.name)
-            if value != _normalised_default(option):
-                options[option.name] = _plain(value, option.name)
-        return options
+        return options_of(self)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> EPMQConfig:
         """The inverse of :meth:`to_options`.
 
         Raises:
-            EPMQInputError: an option that does not exist, or a version from the future.
+            EPMQInputError: an option that does not exist, or a file of another version.
         """
-        options = dict(options)
-        version = options.pop("epmq_config_version", CONFIG_VERSION)
-        if version != CONFIG_VERSION:
-            raise EPMQInputError(
-                f"`epmq_config_version` should be {CONFIG_VERSION}, got {version!r}: this file was "
-                "written by another version of epmq_gptq.",
-                code="EPMQ-O04",
-                subject="`epmq_config_version`",
-                remedy="Use that version, or write the options anew.",
-            )
-        known = [option.name for option in dataclasses.fields(cls) if option.init]
-        for name in options:
-            if name not in known:
-                meant = closest(name, known)
-                raise EPMQInputError(
-                    f"`{name}` is not an option of EPMQConfig.",
-                    code="EPMQ-O02",
-                    subject=f"`{name}`",
-                    remedy=f"Did you mean `{meant}`?" if meant else "Leave it out.",
-                )
-        return cls(**options)
+        return cls(**known_options(cls, options))
 
     def to_json(self) -> str:
         """:meth:`to_options` as JSON."""
@@ -325,133 +280,13 @@ class EPMQConfig(GPTQConfig):
     @classmethod
     def from_json(cls, text: str | Path) -> EPMQConfig:
         """From JSON text, or from a file where a ``Path`` is given."""
-        return cls.from_options(_parsed(json.loads, text, "JSON"))
+        return cls.from_options(parsed(parse_json, text, "JSON"))
 
     def to_yaml(self) -> str:
         """:meth:`to_options` as YAML."""
-        return yaml.safe_dump(self.to_options(), sort_keys=False)
+        return write_yaml(self.to_options())
 
     @classmethod
     def from_yaml(cls, text: str | Path) -> EPMQConfig:
         """From YAML text, or from a file where a ``Path`` is given."""
-        return cls.from_options(_parsed(parse_yaml, text, "YAML"))
-
-
-def _check_experts(experts: Any) -> dict[str, str | InMemoryExpert]:
-    if not isinstance(experts, Mapping) or not experts:
-        raise EPMQInputError(
-            f"`experts` should map at least one expert's name to its model, got {shown(experts)}.",
-            code="EPMQ-F20",
-            subject="`experts`",
-            remedy='For example `experts={"math": "org/math-expert@revision"}`.',
-        )
-    checked = {}
-    for name, source in experts.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise EPMQInputError(
-                "`experts`: a name should be letters, digits, `.`, `_` or `-` (at most 64), got "
-                f"{name!r}.",
-                code="EPMQ-O01",
-                subject="`experts`",
-                remedy="Choose a short name; it appears in tables and in the published record.",
-            )
-        if isinstance(source, InMemoryExpert):
-            checked[name] = source
-        elif is_in_memory(source):
-            checked[name] = in_memory(source, what=f"expert `{name}`")
-        elif isinstance(source, (str, Path)) and str(source).strip():
-            checked[name] = str(source)
-        else:
-            raise EPMQInputError(
-                f"`experts[{name!r}]` should be a folder, a hub id, a model or a state dict, got "
-                f"{shown(source)}.",
-                code="EPMQ-O01",
-                subject=f"expert `{name}`",
-                remedy="Give one of them.",
-            )
-    return checked
-
-
-def _number(value: Any, option: str, code: str = "EPMQ-O01") -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise bad_option(option, "a number", value, code=code)
-    value = float(value)
-    if not math.isfinite(value) or value < 0:
-        raise bad_option(option, "finite and not negative", value, code=code)
-    return value
-
-
-def _check_alpha(value: Any, option: str) -> float:
-    return _number(value, option, "EPMQ-F28")
-
-
-def _check_pattern(pattern: Any) -> str:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise EPMQInputError(
-            f"`alpha_pattern`: {pattern!r} is not a regular expression: {error}.",
-            code="EPMQ-O01",
-            subject="`alpha_pattern`",
-            remedy="Write one that matches the end of a module's name.",
-        ) from error
-    return pattern
-
-
-def _normalised_default(option: dataclasses.Field) -> Any:
-    """What an option holds after ``__post_init__`` where the user said nothing."""
-    if option.name in ("desc_act", "act_group_aware"):
-        return option.name == "act_group_aware"
-    if option.default is not dataclasses.MISSING:
-        return option.default
-    if option.default_factory is not dataclasses.MISSING:
-        return option.default_factory()
-    return None
-
-
-def _plain(value: Any, option: str) -> Any:
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, torch.device):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, option) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, option) for item in value]
-    if hasattr(value, "to_dict"):
-        return _plain(value.to_dict(), option)
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name), option) for f in dataclasses.fields(value)}
-    what = "a model in memory" if isinstance(value, InMemoryExpert) else type(value).__name__
-    raise EPMQInputError(
-        f"`{option}` cannot be written as JSON or YAML: it holds {what}.",
-        code="EPMQ-O01",
-        subject=f"`{option}`",
-        remedy="Give folders or hub ids where the options are to be written.",
-    )
-
-
-def _parsed(load, text: str | Path, kind: str) -> Mapping[str, Any]:
-    try:
-        data = load(text.read_text(encoding="utf-8") if isinstance(text, Path) else text)
-    except ValueError as error:
-        raise EPMQInputError(
-            f"the EPMQConfig is not readable as {kind}: {str(error).rstrip('.')}.",
-            code="EPMQ-O04",
-            subject="EPMQConfig",
-            remedy="Write it with `to_yaml()` or `to_json()`.",
-        ) from error
-    if not isinstance(data, Mapping):
-        raise EPMQInputError(
-            f"the EPMQConfig should be a {kind} mapping, got {type(data).__name__}.",
-            code="EPMQ-O04",
-            subject="EPMQConfig",
-            remedy="Write it with `to_yaml()` or `to_json()`.",
-        )
-    return data
+        return cls.from_options(parsed(parse_yaml, text, "YAML"))

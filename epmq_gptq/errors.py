@@ -82,7 +82,7 @@ class EPMQError(Exception):
         self.code = code
         # Paths, tensor names and other people's messages may hold line breaks; an error has none.
         self.cause, self.subject, self.remedy = map(_one_line, (cause, subject, remedy))
-        super().__init__(f"{self.cause} {self.remedy}")
+        super().__init__(f"{self.cause} {self.remedy}".rstrip())
 
     def to_dict(self) -> dict[str, str]:
         """The four parts as plain data."""

@@ -16,18 +16,33 @@ import torch
 
 from .adapters import Adapter, Update, is_adapter
 from .checkpoints import Checkpoint, Source, resolve_source
-from .errors import EPMQInputError, EPMQNumericalError
+from .errors import EPMQInputError
 from .folders import ADAPTER_CONFIG
-from .linears import Linear, StoredWeight, piece, resolve
+from .linears import Linear, StoredWeight
 from .memory import InMemoryExpert
 from .statistics import WeightDelta
+from .weights import (
+    QUANTIZED_SUFFIXES,
+    check_finite,
+    find_weight,
+    oriented,
+    read_rows,
+    read_weight,
+    refuse_quantized,
+    row_norms,
+)
+
+__all__ = [
+    "QUANTIZED_SUFFIXES",
+    "Expert",
+    "Experts",
+    "check_finite",
+    "find_weight",
+    "split_adapter",
+]
 
 # How many offending tensors an error spells out.
 _LISTED = 20
-# Tensors that say a checkpoint holds codes, not weights.
-QUANTIZED_SUFFIXES = (".qweight", ".weight_packed", ".weight_scale", ".absmax", ".scales")
-# Rows of W_0 + s B A that are built at once where a norm of each is needed (DoRA).
-_ROWS = 1024
 
 
 @dataclass
@@ -123,7 +138,7 @@ class Experts:
         if isinstance(spec, InMemoryExpert):
             spec.store.what = what
             source = Source("", "in memory", None, None)
-            _refuse_quantized(spec.store, what)
+            refuse_quantized(spec.store, what)
             return Expert(source, spec.store, source if spec.adapter else None, spec.adapter)
         base_spec, adapter_spec = split_adapter(str(spec))
         source = self._resolve(adapter_spec or base_spec, what)
@@ -175,7 +190,7 @@ class Experts:
         store = self._stores.get(source.path)
         if store is None:
             store = self._stores[source.path] = Checkpoint(source.path, what=what)
-            _refuse_quantized(store, what)
+            refuse_quantized(store, what)
         return store
 
     # ---- which tensor is which layer ---------------------------------------------------------
@@ -240,8 +255,9 @@ class Experts:
         """``W_0: (out, in)`` fp32 of ``base``."""
         assert self.base is not None
         linear = self._bound[module]
+        store = self.base[0]
         with self._lock:
-            return _oriented(_read(self.base[0], find_weight(self.base[0], linear)), linear, device)
+            return oriented(read_weight(store, find_weight(store, linear)), linear, device)
 
     def rows(self, name: str, module: str, start: int, stop: int) -> torch.Tensor:
         """Rows of ``W_i: (out, in)``, ``(stop − start, in)`` fp32 on the CPU, read alone."""
@@ -249,7 +265,7 @@ class Experts:
         expert = self._experts[name]
         stored = self._stored[name, module]
         with self._lock:
-            W = _read_rows(self._store_of(expert, linear), stored, linear, start, stop)
+            W = read_rows(self._store_of(expert, linear), stored, linear, start, stop)
             update = self._update(name, module, "cpu")
         if update is None:
             return W
@@ -265,7 +281,7 @@ class Experts:
         linear, expert = self._bound[module], self._experts[name]
         stored = self._stored[name, module]
         with self._lock:
-            weight = _read(self._store_of(expert, linear), stored)
+            weight = read_weight(self._store_of(expert, linear), stored)
             update = self._update(name, module, "cpu")
         place = dict(module=module, expert=name, code="EPMQ-F08")
         check_finite(weight, f"expert `{name}`: tensor `{stored.tensor}`", **place)
@@ -296,14 +312,14 @@ class Experts:
         linear, expert = self._bound[module], self._experts[name]
         device = reference.device
         with self._lock:
-            weight = _read(self._store_of(expert, linear), self._stored[name, module])
+            weight = read_weight(self._store_of(expert, linear), self._stored[name, module])
             update = self._update(name, module, device)
-        W = _oriented(weight, linear, device)
+        W = oriented(weight, linear, device)
         if update is None:
             return WeightDelta(W - reference, None)
         B = update.B
         if update.magnitude is not None:
-            scale = (update.magnitude / _row_norms(W, update))[:, None]
+            scale = (update.magnitude / row_norms(W, update))[:, None]
             W, B = W * scale, B * scale
         return WeightDelta(W - reference, (B, update.A))
 
@@ -311,117 +327,18 @@ class Experts:
 def split_adapter(spec: str) -> tuple[str, str | None]:
     """``base+adapter`` → (base, adapter); (spec, None) where there is no adapter.
 
-    A path that exists wins, so a folder may have a plus in its name.
+    Paths that exist win, so the folder of either may have a plus in its name.
     """
-    if Path(spec).expanduser().exists() or "+" not in spec:
+    if "+" not in spec or _exists(spec):
         return spec, None
-    base, _, adapter = spec.partition("+")
+    parts = spec.split("+")
+    splits = [("+".join(parts[:i]), "+".join(parts[i:])) for i in range(1, len(parts))]
+    base, adapter = next((split for split in splits if _exists(split[0].strip())), splits[0])
     return base.strip(), adapter.strip()
 
 
-def find_weight(store: Any, linear: Linear, only: StoredWeight | None = None) -> StoredWeight:
-    """Where ``store`` holds the weight of ``linear``.
-
-    Args:
-        store: checkpoint or state dict.
-        linear: the layer.
-        only: the one place to look, instead of all places the layer knows.
-
-    Raises:
-        EPMQInputError: it is missing, of another shape, or no floating tensor.
-    """
-    stored = only or resolve(linear, store)
-    if stored is None:
-        name = linear.tensors[0]
-        raise EPMQInputError(
-            f"`{name}` is missing.", code="EPMQ-F01", subject=f"tensor `{name}`", remedy=_REMEDY
-        )
-    info = store.info(stored.tensor)
-    shape = piece(info.shape, stored)
-    if shape != linear.shape:
-        raise EPMQInputError(
-            f"`{stored.tensor}` has shape {shape}, the merged model has {linear.shape}.",
-            code="EPMQ-F03",
-            subject=f"tensor `{stored.tensor}`",
-            remedy=_REMEDY,
-        )
-    if info.torch_dtype not in _DTYPES:
-        raise EPMQInputError(
-            f"`{stored.tensor}` has dtype {info.dtype}, not one of F32, F16 and BF16.",
-            code="EPMQ-F06",
-            subject=f"tensor `{stored.tensor}`",
-            remedy="Convert it to one of them.",
-        )
-    return stored
-
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_REMEDY = "An expert must hold every linear layer of the merged model."
-
-
-def _read(store: Any, stored: StoredWeight) -> torch.Tensor:
-    if stored.index is None:
-        return piece(store.read(stored.tensor), stored)
-    # One entry of a stack: the others stay on disk.
-    entry = store.read_rows(stored.tensor, stored.index, stored.index + 1)
-    return piece(entry, StoredWeight(stored.tensor, 0, stored.part))
-
-
-def _read_rows(
-    store: Any, stored: StoredWeight, linear: Linear, start: int, stop: int
-) -> torch.Tensor:
-    if stored.index is None and stored.part is None and not linear.transposed:
-        return store.read_rows(stored.tensor, start, stop).float()
-    return _oriented(_read(store, stored), linear, "cpu")[start:stop].clone()
-
-
-def _oriented(W: torch.Tensor, linear: Linear, device: torch.device | str) -> torch.Tensor:
-    W = W.to(device=device, dtype=torch.float32)
-    return W.t() if linear.transposed else W
-
-
-def _row_norms(W: torch.Tensor, update: Update) -> torch.Tensor:
-    """Norms ``(out,)`` of the rows of W_0 + B A, a block of rows at a time."""
-    blocks = zip(W.split(_ROWS), update.B.split(_ROWS), strict=True)
-    return torch.cat([(rows + B @ update.A).norm(dim=1) for rows, B in blocks])
-
-
-def _refuse_quantized(store: Any, what: str) -> None:
-    quantized = next((t for t in store if t.endswith(QUANTIZED_SUFFIXES)), None)
-    if quantized is not None:
-        raise EPMQInputError(
-            f"{what}: already quantized (it holds `{quantized}`).",
-            code="EPMQ-F07",
-            subject=what,
-            remedy="Give the full-precision expert.",
-        )
-
-
-def check_finite(
-    tensor: torch.Tensor,
-    what: str,
-    *,
-    module: str | None = None,
-    expert: str | None = None,
-    code: str = "EPMQ-N01",
-    remedy: str = "",
-) -> None:
-    """Raise :class:`EPMQNumericalError` naming the count and first index of non-finite entries."""
-    # One reduction in the common case: a sum of finite fp32 values can overflow, so it only
-    # clears; what it does not clear is looked at entry by entry.
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
-        return
-    bad = ~torch.isfinite(tensor)
-    count = int(bad.sum())
-    if count == 0:
-        return
-    first = tuple(bad.nonzero()[0].tolist())
-    raise EPMQNumericalError(
-        f"{what} holds {count} non-finite value{'s' if count > 1 else ''}, the first at index "
-        f"{first}.",
-        module=module,
-        expert=expert,
-        code=code,
-        subject=what,
-        remedy=remedy or "Find where it came from; nothing sensible can be made of it.",
-    )
+def _exists(path: str) -> bool:
+    try:
+        return bool(path) and Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null byte
+        return False

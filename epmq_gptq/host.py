@@ -26,7 +26,9 @@ from .checkpoints import Checkpoint, check_folder, resolve_source
 from .config import EPMQConfig
 from .errors import EPMQHostError, EPMQInputError
 from .experts import Experts
+from .hub import parse_hub_id
 from .model_linears import check_architecture, check_head, quantizable_linears
+from .options import exists
 from .preflight.runs import run_preflight
 from .processor import EPMQProcessor
 from .provenance import provenance
@@ -176,7 +178,16 @@ def merged_folder(
         EPMQInputError: it cannot be had, or one of these would happen.
     """
     if revision is not None:
-        spec = f"{spec}@{revision}"
+        asked = parse_hub_id(str(spec))
+        if asked is None or asked.revision is not None or exists(Path(spec)):
+            raise EPMQInputError(
+                "the merged model: `revision` goes with a hub id without one of its own, got "
+                f"{revision!r} with `{Path(spec).name}`.",
+                code="EPMQ-O03",
+                subject="`revision`",
+                remedy="Leave it out.",
+            )
+        spec = asked.at(revision)
     source = resolve_source(spec, what="the merged model", require_pinned=require_pinned)
     check_folder(source.path, what="the merged model")
     merged = Checkpoint(source.path, what="the merged model")

@@ -44,6 +44,8 @@ def parse_hub_id(text: str) -> HubId | None:
     repository, at, revision = text.partition("@")
     if _REPOSITORY.fullmatch(repository) is None or (at and not revision.strip()):
         return None
+    if ".." in revision:  # git knows no such name, and the cache would take it for a path
+        return None
     return HubId(repository, revision or None)
 
 
@@ -71,6 +73,16 @@ def local_folder(text: str, what: str) -> Path | None:
         )
     if parse_hub_id(text) is not None:
         return None
+    if "+" in text:
+        shown = "+".join(Path(part.strip()).name for part in text.split("+"))
+        raise EPMQInputError(
+            f"{what}: `{shown}` is no existing folder, and a base with an adapter is no whole "
+            "model, which is needed here.",
+            code="EPMQ-F34",
+            subject=what,
+            remedy="Load the adapter on its base with peft, `merge_and_unload()` it, save that "
+            "model and give its folder.",
+        )
     raise EPMQInputError(
         f"{what}: `{shown}` is neither an existing folder nor a hub id of the form "
         "`org/name@revision`.",
@@ -148,7 +160,7 @@ def _refusal(asked: HubId, what: str, error: Exception) -> EPMQInputError:
         cause = f"`{asked.repository}` has no revision `{asked.revision or 'main'}`"
         remedy = "Write a branch, a tag or a commit that it has."
     elif isinstance(error, RepositoryNotFoundError):
-        cause = f"the hub has no `{asked.repository}`, or it is private"
+        cause = f"there is no such folder, and no `{asked.repository}` on the hub, or it is private"
         remedy = "Correct the id or the path; for a private one `hf auth login` or set `HF_TOKEN`."
     elif isinstance(error, LocalEntryNotFoundError):
         cause = f"`{name}` could not be fetched, and the hub's cache lacks it or a part of it: "

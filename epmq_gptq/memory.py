@@ -43,15 +43,46 @@ def in_memory(model: Any, *, what: str) -> InMemoryExpert:
         EPMQInputError: it has no weights, or a PEFT adapter that cannot be used exactly.
     """
     if isinstance(model, Mapping):
-        return InMemoryExpert(StateDict(model, what=what))
+        factor = next((name for name in model if ".lora_" in str(name)), None)
+        if factor is not None:
+            raise EPMQInputError(
+                f"{what}: the state dict is that of a PEFT model (it holds `{factor}`), and does "
+                "not say how its factors are scaled.",
+                code="EPMQ-F34",
+                subject=what,
+                remedy="Give the PEFT model itself, or the folder of its `save_pretrained()`.",
+            )
+        return InMemoryExpert(StateDict(_plain_names(model), what=what))
+    model = _unwrapped(model)
     if hasattr(model, "peft_config"):
         return _from_peft(model, what)
-    return InMemoryExpert(StateDict(model.state_dict(), what=what, config=_config(model)))
+    tensors = _plain_names(model.state_dict())
+    return InMemoryExpert(StateDict(tensors, what=what, config=_config(model)))
 
 
 def is_in_memory(value: Any) -> bool:
     """Whether an expert was given as a model or as tensors."""
     return isinstance(value, (torch.nn.Module, Mapping, InMemoryExpert))
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside of ``torch.compile`` and of data parallelism."""
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    # Asked of `_modules`, for a PEFT model hands attributes on to the model inside of it.
+    while "_orig_mod" in model._modules or isinstance(model, parallel):
+        model = model._modules.get("_orig_mod", model._modules.get("module"))
+    return model
+
+
+def _plain_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without what ``torch.compile`` and data parallelism put into its names."""
+    plain = {
+        name.replace("_orig_mod.", "") if isinstance(name, str) else name: tensor
+        for name, tensor in tensors.items()
+    }
+    if all(isinstance(name, str) and name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): tensor for name, tensor in plain.items()}
+    return plain
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -80,13 +111,20 @@ def _from_peft(model: Any, what: str) -> InMemoryExpert:
             subject=what,
             remedy="Call `unmerge_adapter()`, or give `merge_and_unload()`'s model.",
         )
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        raise EPMQInputError(
+            f"{what}: the PEFT model's adapter is disabled at the moment.",
+            code="EPMQ-F34",
+            subject=what,
+            remedy="Enable it, or give the base alone.",
+        )
     options = model.peft_config[names[0]].to_dict()
     # Without `save_embedding_layers` peft would ask the hub for the base's vocabulary.
     factors = get_peft_model_state_dict(model, adapter_name=names[0], save_embedding_layers=False)
-    adapter = Adapter(options, StateDict(factors, what=what), what=what)
+    adapter = Adapter(options, StateDict(_plain_names(factors), what=what), what=what)
     base = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in _plain_names(model.state_dict()).items()
         if ".lora_" not in name and ".modules_to_save." not in name
     }
     base = {name.replace(".original_module.", "."): tensor for name, tensor in base.items()}

@@ -55,6 +55,11 @@ def check_output(
         raise refusal(f"be a folder, got the file `{target.name}`")
     if _lies_in(Path.cwd(), target):
         raise refusal("not be the working folder, nor contain it")
+    if is_folder and target.is_mount():
+        # The finished folder is moved to its name, and a file system stays where it is mounted.
+        raise refusal(
+            f"not be where a file system is mounted, got `{target.name}`", "Choose a folder in it."
+        )
     if taken and not overwrite:
         raise refusal(
             f"be new or empty, got `{target.name}`, which is neither",

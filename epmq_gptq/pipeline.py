@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from .console import Reporter, StepProgress
 from .errors import EPMQError, EPMQInputError
+from .lineage.facts import plain, published
+from .options import resolve_path
 from .places import check_free, check_places, pinned
 from .recipe import Recipe
 from .row_sets import RowSet, read_calibration
@@ -64,7 +66,7 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
         EPMQInputError: an option, folder or row cannot be used as asked.
         EPMQNumericalError: numbers that cannot be trusted, see ``EPMQConfig.on_bad_module``.
     """
-    out = Path(options.out).expanduser().absolute()
+    out = resolve_path(str(options.out), Path()).absolute()
     check_free(out, overwrite=options.overwrite)
     if options.batch_size is not None and options.batch_size < 1:
         raise EPMQInputError(
@@ -73,9 +75,11 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
             subject="`--batch-size`",
             remedy="Leave it out for the recipe's.",
         )
+    # It goes into a JSON file at the end of the run, which may be published.
+    lineage = published(plain(recipe.lineage, "`lineage`"))
     with reporter.quiet_host():
         device = choose_device(options.device)
-        _check_method(recipe)
+        check_method(recipe)
         recipe = pinned(recipe, reporter)
         check_places(recipe, out, options.overwrite)
         for source in recipe.row_sources:
@@ -98,9 +102,9 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
             model = load_merged(merged, config, recipe.dtype, device)
             rows = encode_calibration(sets, TokenRules.of(model))
             report = _quantize(model, rows, options.batch_size or recipe.batch_size, reporter)
-            if recipe.lineage:
+            if lineage:
                 # What the merged folder says of itself comes first.
-                report.provenance.setdefault("merge", dict(recipe.lineage))
+                report.provenance.setdefault("merge", lineage)
             reporter.step("save", str(options.out))
             model.save(str(out), overwrite=options.overwrite)
     return RunResult(report, rows.counts)
@@ -119,8 +123,14 @@ def choose_device(wanted: str | None) -> str:
     kind = wanted.partition(":")[0]
     if kind not in DEVICES:
         raise _no_device(f"should be one of {', '.join(DEVICES)}, got `{wanted}`")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
         raise _no_device("is `cuda`, but torch sees no GPU here", "Use `--device cpu`.")
+    number = wanted.removeprefix("cuda").removeprefix(":") or "0"
+    if not number.isdecimal() or int(number) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        raise _no_device(f"should be one of the {seen} GPUs that torch sees, got `{wanted}`")
     return wanted
 
 
@@ -130,7 +140,8 @@ def _no_device(cause: str, remedy: str = "Leave it out for a GPU where there is 
     )
 
 
-def _check_method(recipe: Recipe) -> None:
+def check_method(recipe: Recipe) -> None:
+    """Refuse a merge method, or parameters of one, with EPMQInputError."""
     if recipe.merge is None:
         return
     from .merging import check_merge

@@ -18,7 +18,11 @@ def check_free(out: Path, *, overwrite: bool) -> None:
     Raises:
         EPMQInputError: naming the CLI's options.
     """
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    try:
+        taken = out.is_dir() and any(out.iterdir())
+    except OSError:  # a name too long, a folder that is not ours: refused with all other places
+        taken = False
+    if taken and not overwrite:
         raise EPMQInputError(
             f"`--out`: folder `{out.name}` is not empty.",
             code="EPMQ-F45",

@@ -11,20 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from .calibration_names import CalibrationBlock, recipe_calibration
 from .errors import EPMQInputError
+from .hub import parse_hub_id
 from .options import (
     bad_option,
     documented,
+    exists,
     from_mapping,
     is_count,
     option,
+    parse_json,
     parse_yaml,
     resolve_path,
     shown,
     to_mapping,
+    write_yaml,
 )
 from .rows import DATA_FREE, RowSource, TaggedSource, is_seed, is_word
 
@@ -118,13 +120,7 @@ class Recipe:
             raise bad_option("seed", "an integer", self.seed)
         if not is_count(self.batch_size):
             raise bad_option("batch_size", "a positive integer", self.batch_size)
-        if not isinstance(self.lineage, Mapping):
-            raise EPMQInputError(
-                f"`lineage` should be a mapping, got {shown(self.lineage)}.",
-                code="EPMQ-O01",
-                subject="`lineage`",
-                remedy="Leave it out where it is not known.",
-            )
+        self._check_lineage()
         if self.dtype is not None and self.dtype not in DTYPES:
             raise bad_option(
                 "dtype", f"one of {', '.join(DTYPES)}", self.dtype, "Leave it out for the default."
@@ -176,6 +172,16 @@ class Recipe:
                     remedy=place,
                 )
 
+    def _check_lineage(self) -> None:
+        """It goes into the checkpoint's JSON, which is written after hours."""
+        remedy = "Leave it out where it is not known."
+        if not isinstance(self.lineage, Mapping):
+            raise bad_option("lineage", "a mapping", self.lineage, remedy)
+        try:
+            json.dumps(dict(self.lineage), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise bad_option("lineage", "data that JSON can hold", self.lineage, remedy) from error
+
     # ---- calibration ---------------------------------------------------------------------------
 
     @property
@@ -202,11 +208,11 @@ class Recipe:
     def source(self, spec: str) -> str:
         """A model's folder as a path, or its hub id as it is."""
         path = self.place(spec)
-        if "+" in spec and not path.exists():  # base+adapter
+        if "+" in spec and not exists(path):  # base+adapter
             base, _, adapter = spec.partition("+")
             return f"{self.source(base.strip())}+{self.source(adapter.strip())}"
-        # `models/mth` beside a folder `models` is a typo in a path, not an id to ask the hub for.
-        is_path = path.exists() or path.parent.is_dir() or spec.startswith((".", "~", "/"))
+        # A folder `org` with other models of theirs does not make `org/name` a path.
+        is_path = exists(path) or parse_hub_id(spec) is None
         return str(path) if is_path else spec
 
     def config(self) -> EPMQConfig:
@@ -257,11 +263,11 @@ class Recipe:
         """From a YAML file, or a JSON file named ``.json``."""
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-            data = json.loads(text) if path.suffix.lower() == ".json" else parse_yaml(text)
+            text = path.read_text(encoding="utf-8-sig")
+            data = (parse_json if path.suffix.lower() == ".json" else parse_yaml)(text)
         except EPMQInputError as error:
             raise error.within(f"recipe `{path.name}`") from error
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise EPMQInputError(
                 f"recipe `{path.name}` is not readable: {reason}.",
@@ -273,7 +279,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """:meth:`to_options` as YAML."""
-        return yaml.safe_dump(self.to_options(), sort_keys=False, allow_unicode=True)
+        return write_yaml(self.to_options())
 
     def to_json(self) -> str:
         """:meth:`to_options` as JSON."""

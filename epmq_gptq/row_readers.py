@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import EPMQInputError
-from .options import resolve_path, shown
+from .options import exists, resolve_path, shown
 from .row_checks import KINDS, Row, are_ids, bad_row, row_of
-from .rows import JSON_LINES, PARQUET, RowSource, TaggedSource
-
-# Read as text they would give rows of punctuation.
-_NOT_TEXT = {".json": "json", ".csv": "csv", ".arrow": "arrow"}
+from .rows import JSON_LINES, OTHER_FORMATS, PARQUET, RowSource, TaggedSource, public_path
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def open_items(source: RowSource, what: str, subject: str, folder: Path) -> Item
     """
     if source.dataset is not None:
         data = _load_dataset(source, what, subject, folder)
-        return Items(data, what, subject, column=source.column, many=True)
+        return _table_items(source, data, what, subject)
     if source.rows is not None:
         return _memory_items(source, what, subject)
     path = resolve_path(source.file, folder)
@@ -99,22 +96,28 @@ def open_items(source: RowSource, what: str, subject: str, folder: Path) -> Item
 
 
 def _check_file(source: RowSource, path: Path, what: str, subject: str) -> None:
-    if not path.is_file():
-        named = source.label if Path(source.file).is_absolute() else source.file
-        hint = f" A dataset is `{{dataset: {named}, samples: 128}}`." if not path.suffix else ""
+    named = public_path(source.file)
+    if not exists(path) or not path.is_file():
+        remedy = "A path in a recipe starts at the recipe's folder."
+        if " " in named:
+            remedy += " Texts that are rows themselves are `{rows: [...]}`."
+        elif exists(path):
+            remedy = "It is a folder: list its files."
+        elif not path.suffix:
+            remedy += f" A dataset is `{{dataset: {named}, samples: 128}}`."
         raise EPMQInputError(
-            f"{what}: there is no file `{named}`.",
+            f"{what}: there is no file `{named[:80]}`.",
             code="EPMQ-F22",
             subject=subject,
-            remedy="A path in a recipe starts at the recipe's folder." + hint,
+            remedy=remedy,
         )
-    if source.suffix in _NOT_TEXT:
+    if source.suffix in OTHER_FORMATS:
         raise EPMQInputError(
             f"{what} is neither text nor .jsonl nor .parquet.",
             code="EPMQ-F32",
             subject=subject,
-            remedy=f"Read it with `{{dataset: {_NOT_TEXT[source.suffix]}, data_files: "
-            f"{source.label}, samples: 128}}`.",
+            remedy=f"Read it with `{{dataset: {OTHER_FORMATS[source.suffix]}, data_files: "
+            f"{named}, samples: 128}}`.",
         )
 
 
@@ -152,19 +155,26 @@ class _ParquetRows(Sequence):
         return self.table.slice(index, 1).to_pylist()[0]
 
 
+def _needed(source: RowSource, names: Sequence[str]) -> list[str] | None:
+    """The columns to read of these; None for all, where one is missing.
+
+    Then the names are needed to say what there is instead. Others may hold images or anything.
+    """
+    kinds = [source.column] if source.column else KINDS
+    tag = [source.expert_column] if isinstance(source, TaggedSource) else []
+    if not set(kinds) & set(names) or not set(tag) <= set(names):
+        return None
+    wanted = {*kinds, *tag, "attention_mask"}
+    return [name for name in names if name in wanted]
+
+
 def _parquet(source: RowSource, path: Path, what: str, subject: str) -> Sequence[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         names = pyarrow.parquet.read_schema(path).names
-        wanted = {source.column, "attention_mask"} if source.column else {*KINDS, "attention_mask"}
-        if isinstance(source, TaggedSource):
-            wanted.add(source.expert_column)
-        # Without any of them every name is needed, to say what there is instead.
-        columns = [name for name in names if name in wanted]
-        found = source.column in names or not source.column and set(columns) & set(KINDS)
-        table = pyarrow.parquet.read_table(path, columns=columns if found else None)
+        table = pyarrow.parquet.read_table(path, columns=_needed(source, names))
     except (pyarrow.ArrowException, OSError) as error:
         raise EPMQInputError(
             f"{what} is not readable as a Parquet file: {_reason(error)}.",
@@ -172,7 +182,8 @@ def _parquet(source: RowSource, path: Path, what: str, subject: str) -> Sequence
             subject=subject,
             remedy="Write it again.",
         ) from error
-    return _ParquetRows(table)
+    # To find a row takes time with the number of chunks, one for every group of rows of the file.
+    return _ParquetRows(table.combine_chunks())
 
 
 # ---- datasets and memory -----------------------------------------------------------------------
@@ -181,16 +192,22 @@ def _parquet(source: RowSource, path: Path, what: str, subject: str) -> Sequence
 def _load_dataset(source: RowSource, what: str, subject: str, folder: Path) -> Sequence[Any]:
     import datasets
 
+    paths: dict[str, str] = {}
+
     def local(spec: str) -> str:
         path = resolve_path(spec, folder)
-        return str(path) if path.exists() else spec
+        found = str(path) if exists(path) else spec
+        paths[str(Path(found).absolute())] = public_path(spec)  # for what `datasets` says of it
+        return found
 
     files = source.data_files
+    # With files it may be a format, also beside a folder of that name.
+    is_format = files is not None and "/" not in source.dataset
     if files is not None:
         files = [local(spec) for spec in ([files] if isinstance(files, str) else files)]
     try:
         return datasets.load_dataset(
-            local(source.dataset),
+            source.dataset if is_format else local(source.dataset),
             source.config,
             split=source.split or "train",
             revision=source.revision,
@@ -199,8 +216,13 @@ def _load_dataset(source: RowSource, what: str, subject: str, folder: Path) -> S
     except Exception as error:
         # Unknown names, splits and revisions, gated sets, no network and broken files each come
         # as another library's exception; for the user all of them mean the same.
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            error = error.__cause__ or error  # it says nothing itself
+        reason = _reason(error)
+        for path, public in paths.items():
+            reason = reason.replace(path, public)
         raise EPMQInputError(
-            f"{what}: the dataset could not be loaded: {_reason(error)}.",
+            f"{what}: the dataset could not be loaded: {reason}.",
             code="EPMQ-F22",
             subject=subject,
             remedy="Check `dataset`, `config`, `split` and `revision`, or give a `file`.",
@@ -212,26 +234,48 @@ def _reason(error: Exception) -> str:
     return first.rstrip(".") or type(error).__name__
 
 
+def _table_items(source: RowSource, table: Any, what: str, subject: str) -> Items:
+    columns = _needed(source, table.column_names)
+    table = table if columns is None else table.select_columns(columns)
+    return Items(table, what, subject, column=source.column, many=True)
+
+
 def _memory_items(source: RowSource, what: str, subject: str) -> Items:
     rows = source.rows
-    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+    if _is_dataset(rows):
+        return _table_items(source, rows, what, subject)
+    remedy = _in_a_list(rows)
+    if remedy is not None:
         raise EPMQInputError(
             f"{what} should be a list of rows, got {type(rows).__name__}.",
             code="EPMQ-F32",
             subject=subject,
-            remedy="Put the rows into a list.",
+            remedy=remedy,
         )
-    if _is_dataset(rows):
-        return Items(rows, what, subject, column=source.column, many=True)
-    if getattr(rows, "ndim", None) == 1 or isinstance(rows, (list, tuple)) and are_ids(rows):
-        listed = shown([int(value) for value in list(rows)[:3]])
+    listed = rows.tolist() if getattr(rows, "ndim", None) == 1 else list(rows)
+    if are_ids(listed):
         raise EPMQInputError(
             f"{what} is one list of token ids, where a list of rows should be.",
             code="EPMQ-F32",
             subject=subject,
-            remedy=f"Write `[{listed}]` for one row of these ids.",
+            remedy=f"Write `[{shown([int(value) for value in listed[:3]])}]` for one row of these "
+            "ids.",
         )
-    return Items(list(rows), what, subject, column=source.column, bare=True)
+    return Items(listed, what, subject, column=source.column, bare=True)
+
+
+def _in_a_list(rows: Any) -> str | None:
+    """What to do about something that is no series of rows; None where it is one."""
+    if hasattr(rows, "columns") or hasattr(rows, "column_names"):
+        # Iterating over a data frame gives the names of its columns, over a stream all of the web.
+        if hasattr(rows, "take") and not hasattr(rows, "columns"):
+            return "Take as many rows as needed into a list: `list(rows.take(128))`."
+        return "Give a list of its rows, or make a `datasets.Dataset` of it."
+    if isinstance(rows, Set):
+        return "Put the rows into a list: a set has another order in every run."
+    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+        return "Put the rows into a list."
+    return None
 
 
 def _is_dataset(rows: Any) -> bool:

@@ -7,6 +7,7 @@ Reading needs no model. What comes next, tokens, is in ``tokens.py``; batches ar
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .calibration_names import (
+    check_data_free,
     check_some_rows,
     experts_with_rows,
     given_sources,
@@ -82,8 +84,9 @@ def read_calibration(
     Args:
         calibration: expert → a list of rows (strings, token ids, mappings with ``text``,
             ``messages`` or ``input_ids``), a ``datasets.Dataset``, a file's name, the options of a
-            :class:`~epmq_gptq.rows.RowSource`, one of these or a list of them; or one source for
-            all of them, with ``expert_column``. What a recipe holds is one of these forms.
+            :class:`~epmq_gptq.rows.RowSource`, one of these or a list of them (in a list, files
+            are ``Path``: strings are rows of text); or one source for all experts, with
+            ``expert_column``. What a recipe holds is one of these forms.
         experts: the experts of the run.
         data_free: those of them that have no rows.
         seed: of the draws: the same seed draws the same rows, on any machine.
@@ -101,7 +104,8 @@ def read_calibration(
         calibration = from_mapping(TaggedSource, dict(calibration), "`calibration`")
     if isinstance(calibration, TaggedSource):
         calibration.check_experts(experts)
-        data_free = list(dict.fromkeys([*data_free, *calibration.data_free]))
+        for name in calibration.data_free:
+            check_data_free(name, True, name in data_free)
         named = [name for name in experts if name not in data_free]
         check_some_rows(named)
         return _read_tagged(_in_blocks(calibration, concat_size), named, seed, folder)
@@ -121,6 +125,14 @@ def _in_blocks(source: RowSource, size: int | None) -> RowSource:
         return source
     if not is_count(size):
         raise bad_option("calibration_concat_size", "a positive integer", size)
+    if source.seqlen not in (None, size):
+        raise EPMQInputError(
+            f"`calibration_concat_size` is {size}, and `seqlen` of {source.label} is "
+            f"{source.seqlen}.",
+            code="EPMQ-O03",
+            subject="`calibration_concat_size`",
+            remedy="Leave one of them out.",
+        )
     return dataclasses.replace(source, concat=True, seqlen=size)
 
 
@@ -244,7 +256,7 @@ def _indices(
     indices: dict[str, list[int]] = {name: [] for name in experts}
     others: dict[str, int] = {}
     for index, value in enumerate(_values(source, items)):
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
+        if isinstance(value, bool) or not isinstance(value, (str, numbers.Integral)):
             cause = f"`{source.expert_column}` should name an expert, got {shown(value)}"
             remedy = "Correct the row, or choose another `expert_column`."
             raise bad_row(items.place(index), cause, "`expert_column`", remedy)

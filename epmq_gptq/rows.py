@@ -16,6 +16,17 @@ DATA_FREE = "data_free"
 UNITS = ("line", "paragraph", "file")
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet",)
+# Read as text they would give rows of punctuation; `datasets` reads them under these names.
+OTHER_FORMATS = {
+    ".json": "json",
+    ".csv": "csv",
+    ".arrow": "arrow",
+    ".gz": "json",
+    ".zst": "json",
+    ".xz": "json",
+    ".bz2": "json",
+    ".zip": "json",
+}
 OTHER_VALUES = ("refuse", "ignore")
 
 # Rows of a file or a dataset may be whole books; those that a caller made are taken as they are.
@@ -154,7 +165,8 @@ class RowSource:
     @property
     def is_text_file(self) -> bool:
         """Whether its rows are lines, paragraphs or the whole of a text file."""
-        return self.file is not None and self.suffix not in JSON_LINES + PARQUET
+        tables = (*JSON_LINES, *PARQUET, *OTHER_FORMATS)
+        return self.file is not None and self.suffix not in tables
 
     @property
     def limit(self) -> int | None:
@@ -165,8 +177,8 @@ class RowSource:
     def label(self) -> str:
         """What tables and errors call it; no path of this machine."""
         if self.file is not None:
-            return Path(self.file).name
-        return "rows" if self.dataset is None else self.dataset
+            return Path(self.file).name[:80]
+        return "rows" if self.dataset is None else public_path(self.dataset)[:80]
 
 
 @dataclass(frozen=True)
@@ -197,6 +209,11 @@ class TaggedSource(RowSource):
         values = self.experts_by_value
         if not isinstance(values, Mapping) or not all(map(is_word, values.values())):
             raise bad_option("experts_by_value", "a mapping of values to experts", values)
+        texts = list(map(str, values))
+        twice = [text for text in texts if texts.count(text) > 1]
+        if twice:
+            # A number and its text are one value, see the reading of the column.
+            raise bad_option("experts_by_value", "a mapping with every value once", twice)
         if not isinstance(self.data_free, (list, tuple)) or not all(map(is_word, self.data_free)):
             raise bad_option("data_free", "a list of experts", self.data_free)
 
@@ -223,6 +240,11 @@ class TaggedSource(RowSource):
 def is_data_free(value: Any) -> bool:
     """Whether this stands in place of an expert's rows."""
     return isinstance(value, str) and value == DATA_FREE
+
+
+def public_path(spec: str) -> str:
+    """A path as it was written; an absolute one without the folders of this machine."""
+    return Path(spec).name if Path(spec).is_absolute() else spec
 
 
 def is_word(value: Any) -> bool:

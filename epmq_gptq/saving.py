@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from .checkpoints import Checkpoint
 from .errors import EPMQError, EPMQInputError
-from .experts import check_finite
 from .folders import INDEX_NAME, read_json
 from .output import check_output, new_folder
+from .weights import check_finite
 
 # What one packed linear layer consists of.
 PACKED = ("qweight", "qzeros", "scales", "g_idx")

@@ -33,7 +33,8 @@ class StateDict:
         config: the model's configuration as plain data; {} where there is none.
 
     Raises:
-        EPMQInputError: no tensors, something else than a tensor, or a tensor without data.
+        EPMQInputError: no tensors, something else than a tensor, or one without data of its own
+            (meta, sharded, sparse, quantized).
     """
 
     path: Path | None = None
@@ -71,7 +72,16 @@ class StateDict:
                     subject=f"tensor `{name}`",
                     remedy="Load the model's weights first, or give its folder.",
                 )
-            self._tensors[name] = tensor.detach()
+            tensor = tensor.detach()
+            if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+                kind = str(tensor.layout) if type(tensor) is torch.Tensor else type(tensor).__name__
+                raise EPMQInputError(
+                    f"{what}: tensor `{name}` is a {kind}, not a plain dense tensor.",
+                    code="EPMQ-F06",
+                    subject=f"tensor `{name}`",
+                    remedy="Gather or convert it to one first, or give the model's folder.",
+                )
+            self._tensors[name] = tensor
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

@@ -39,7 +39,8 @@ class WeightDelta(NamedTuple):
 
     def size(self) -> float:
         """Σ|dense| + Σ|B| Σ|A|: zero where nothing differs, not finite where something is not."""
-        total = 0.0 if self.dense is None else float(self.dense.abs().sum())
+        # The norm, for `abs()` would be one more matrix of this size.
+        total = 0.0 if self.dense is None else float(torch.linalg.vector_norm(self.dense, 1))
         if self.low_rank is not None:
             B, A = self.low_rank
             total += float(B.abs().sum() * A.abs().sum())

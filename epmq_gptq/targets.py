@@ -19,8 +19,11 @@ _RECIPES = (".yaml", ".yml", ".json")
 
 def is_recipe(target: str) -> bool:
     """Whether a target is a recipe's file; a folder or a hub id is a merged model."""
-    path = Path(target).expanduser()
-    return not path.is_dir() and (path.is_file() or path.suffix.lower() in _RECIPES)
+    try:
+        path = Path(target).expanduser()
+        return not path.is_dir() and (path.is_file() or path.suffix.lower() in _RECIPES)
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null byte
+        return False
 
 
 def read_target(target: str, given: Given, reporter: Reporter) -> Recipe:
@@ -40,7 +43,10 @@ def read_target(target: str, given: Given, reporter: Reporter) -> Recipe:
     draft = read_merge(target, given, reporter)
     if _is_interactive(reporter):
         draft.ask(lambda text, read: _ask(text, read, reporter))
-    return draft.recipe()
+    recipe = draft.recipe()
+    with reporter.quiet_host():
+        draft.check_weights(lambda what: reporter.step("verify", what))
+    return recipe
 
 
 def read_merge(target: str, given: Given, reporter: Reporter) -> Draft:

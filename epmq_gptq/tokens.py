@@ -6,6 +6,7 @@ all experts, and drop and cut rows without a word.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -229,12 +230,19 @@ def _token_ids(row: Row, rules: TokenRules, expert: str) -> list[int]:
                 subject,
                 "Give `text` rows, or add the template to the merged model.",
             )
+        contents = [message["content"] for message in row.value]
         try:
             text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=False)
         except Exception as error:
             # Templates are programs: they raise what they like, mostly about the order of roles.
             cause = f"the merged model's chat template refuses it: {str(error).rstrip('.')}"
             raise bad_row(row.place, cause, subject, "Correct the messages.") from error
+        if any(isinstance(each, (list, Mapping)) and str(each) in text for each in contents):
+            cause = "the merged model's chat template takes no `content` in parts"
+            raise bad_row(row.place, cause, subject, "Make each `content` one string.")
+    if re.search("[\ud800-\udfff]", text):
+        cause = "the text has half of a character in it, as after a cut inside of an emoji"
+        raise bad_row(row.place, cause, subject, "Correct the text.")
     ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
     if not ids:
         cause = "the merged model's tokenizer makes no token of it"

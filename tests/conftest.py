@@ -1,15 +1,28 @@
 """Settings that must be made before torch and GPTQModel are imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # One OpenMP thread: two make the column loop of the rounding up to 10x slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Hypothesis keeps tables of Unicode; not in the checkout.
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp(prefix="epmq-hypothesis-")
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["HYPOTHESIS_STORAGE_DIRECTORY"], ignore_errors=True)
+
+# The same examples in every run. To look for others: HYPOTHESIS_PROFILE=search, with
+# --hypothesis-seed.
+hypothesis.settings.register_profile("search", deadline=None, database=None)
+hypothesis.settings.register_profile("same", deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(autouse=True)

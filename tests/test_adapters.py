@@ -259,7 +259,49 @@ def test_tensors_that_cannot_be_accounted_for_are_refused(folder):
     other = name.replace("q_proj", "other_proj")
     more = {other.format("A"): torch.ones(4, 64), other.format("B"): torch.ones(64, 4)}
     change_tensors(folder, lambda t: t.update(more))
-    assert "adapts `model.layers.0.self_attn.other_proj`, which neither" in opened(folder)
+    assert "changes `model.layers.0.self_attn.other_proj`, which neither" in opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        # As a model of another class would have named it: nothing here would ever read it.
+        ("model.language_model.layers.0.mlp.up_proj.weight", "changes `model.language_model.la"),
+        ("model.layers.0.mlp.up_proj.modules_to_save.weight", "is not one of a LoRA or DoRA"),
+        ("model.layers.0.mlp.up_proj.modules_to_save.default.weight", "is not one of a LoRA"),
+        ("model.layers.0.mlp.up_proj.original_module.weight", "is not one of a LoRA or DoRA"),
+    ],
+)
+def test_a_weight_saved_whole_is_used_or_refused(folder, name, message):
+    change_tensors(folder, lambda t: t.update({f"base_model.model.{name}": torch.ones(128, 64)}))
+    assert message in opened(folder)
+
+
+@pytest.mark.parametrize("form", ["adapted", "saved whole"])
+def test_a_head_that_the_base_ties_to_its_embedding_may_be_changed(form, tmp_path):
+    base = tiny.llama(layers=1, tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    head = {"lm_head.weight": torch.ones(260, 64)}
+    if form == "adapted":
+        head = {
+            "lm_head.lora_A.weight": torch.ones(4, 64),
+            "lm_head.lora_B.weight": torch.ones(260, 4),
+        }
+    peft_model(base).save_pretrained(tmp_path / "adapter")
+    change_tensors(
+        tmp_path / "adapter",
+        lambda t: t.update({f"base_model.model.{name}": tensor for name, tensor in head.items()}),
+    )
+    experts = Experts({"math": f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"})
+    assert "lm_head.weight" not in experts.store("math")
+    experts.bind(linears(tiny.llama(layers=1)))
+
+
+def test_a_revision_is_one_of_a_hub_id_not_of_a_folder(folder):
+    change(folder, base_model_name_or_path=str(folder.parent / "base"), revision="main")
+    assert Experts({"math": str(folder)}).expert("math").base.name == "base"
+    change(folder, base_model_name_or_path="org/base")
+    assert Adapter.open(folder, what="x").base == "org/base@main"
 
 
 def test_what_changes_no_linear_weight_is_kept_apart_not_refused(folder):
@@ -315,6 +357,13 @@ def test_a_plus_in_the_name_of_a_folder_is_no_adapter(tmp_path):
     assert split_adapter(str(tmp_path / "a+b")) == (str(tmp_path / "a+b"), None)
     assert split_adapter("org/base@v1+org/lora@v2") == ("org/base@v1", "org/lora@v2")
     assert not is_adapter(tmp_path / "a+b", what="x")
+    assert split_adapter(f"{tmp_path / 'a+b'}+c+d") == (str(tmp_path / "a+b"), "c+d")
+
+
+@pytest.mark.parametrize("spec", ["x" * 5000, "~no-such-user/x", "x\0", "~no-such-user/x+y"])
+def test_what_can_be_no_path_is_refused(spec):
+    with pytest.raises(EPMQInputError, match="neither an existing folder nor a hub id"):
+        Experts({"math": spec})
 
 
 def test_the_scales_are_those_of_peft(folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,46 @@ def test_quantize_merges_quantizes_and_saves(recipe, tmp_path):
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "TorchLinear"
 
 
+@pytest.mark.parametrize("method", ["average", "ties"])
+def test_a_merge_block_is_merge_and_quantize(recipe, tmp_path, models, method):
+    base = {} if method == "average" else {"base": str(models[0])}
+    experts = [each for name, path in models[1].items() for each in ("--expert", f"{name}={path}")]
+    given = [each for key, path in base.items() for each in (f"--{key}", path)]
+    result = run("merge", "--method", method, *experts, *given, "--out", tmp_path / "two")
+    assert result.exit_code == 0, result.output
+    merge = {"method": method, **base}
+    for out, changes in {
+        "one-4bit": {"merged": None, "merge": merge},
+        "kept-4bit": {"merged": None, "merge": merge | {"keep": "kept"}},
+        "two-4bit": {"merged": "two"},
+    }.items():
+        result = run("quantize", recipe(**changes), "--out", tmp_path / out)
+        assert result.exit_code == 0, result.output
+    whole = load_file(tmp_path / "two" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "kept" / "model.safetensors").items():
+        assert torch.equal(tensor, whole[name]), name
+    expected = load_file(tmp_path / "two-4bit" / "model.safetensors")
+    records = []
+    for out in ("two-4bit", "one-4bit", "kept-4bit"):
+        got = load_file(tmp_path / out / "model.safetensors")
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in got)
+        meta = json.loads((tmp_path / out / "quantize_config.json").read_text())["meta"]["epmq"]
+        assert str(tmp_path.parent) not in json.dumps(meta)
+        records.append((meta["merge"], meta["merged"]["sha256"], meta["experts"]))
+    assert records[0] == records[1] == records[2]
+    assert records[0][0]["method"] == method
+
+
+def test_a_merge_takes_whole_models(recipe, tmp_path, models, no_model):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    experts = {"math": str(models[1]["math"]), "code": f"{models[0]}+lora"}
+    path = recipe(merged=None, merge={"method": "average"}, experts=experts)
+    result = run("quantize", path, "--out", tmp_path / "out")
+    refused(result, "expert `code`: `merged+lora`", "no whole model", "merge_and_unload", "F34")
+
+
 def test_a_kept_merge_stays_and_is_not_overwritten(recipe, tmp_path, monkeypatch):
     path = recipe(merged=None, merge={"method": "average", "keep": "kept"})
 
@@ -213,6 +254,33 @@ def test_a_quantized_model_is_refused(recipe, tmp_path, models, no_model):
     (again / "m.safetensors").write_bytes((models[0] / "model.safetensors").read_bytes())
     result = run("quantize", recipe(merged="again"), "--out", tmp_path / "out")
     refused(result, "`merged`: `again` is already quantized")
+
+
+def test_places_that_no_machine_has_are_refused(recipe, tmp_path, monkeypatch, no_model):
+    long = "x" * 300
+    refused(run("quantize", recipe(), "--out", "~no-such-user/x"), "starts in a home folder")
+    refused(run("quantize", recipe(), "--out", tmp_path / long), "`--out`", "F45")
+    refused(run("quantize", "~no-such-user/m", "--out", "o"), "the merged model: `~no-such-user/m`")
+    refused(run("quantize", "x" * 5000, "--out", "o"), "the merged model")
+    refused(run("merge", "--method", "average", "--expert", "a=b", "--out", "~no-such-user/x"))
+    refused(run("demo", "--quick", "--out", "~no-such-user/x"), "starts in a home folder")
+    # A shell leaves the `~` of `--out=~/x` as it is.
+    (tmp_path / "home" / "taken").mkdir(parents=True)
+    (tmp_path / "home" / "taken" / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    result = run("quantize", recipe(), "--out=~/taken", "--json=~/r.json")
+    refused(result, "`--out`: folder `taken` is not empty")
+    assert json.loads((tmp_path / "home" / "r.json").read_text())["error"]["code"] == "EPMQ-F45"
+
+
+def test_a_device_is_one_that_is_there(monkeypatch):
+    assert pipeline.choose_device("cpu:0") == "cpu"  # where float32 is the default
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [pipeline.choose_device(each) for each in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    for wrong in ("cuda:2", "cuda:x", "cuda1x", "gpu"):
+        with pytest.raises(EPMQError, match="`--device` should be"):
+            pipeline.choose_device(wrong)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -457,10 +525,11 @@ def test_a_merged_model_alone_is_enough(merge_folder, tmp_path):
 
 def test_what_a_recipe_knows_of_the_merge_is_recorded(recipe, tmp_path):
     lineage = {"tool": "FusionBench", "method": "ties", "trim": "whole model"}
-    result = run("quantize", recipe(lineage=lineage), "--out", tmp_path / "out")
+    private = lineage | {"base": "/home/me/secret/base"}
+    result = run("quantize", recipe(lineage=private), "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     meta = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["meta"]["epmq"]
-    assert meta["merge"] == lineage
+    assert meta["merge"] == lineage | {"base": "base"}
     refused(run("quantize", recipe(lineage=[1]), "--out", tmp_path / "no"), "`lineage`")
 
 
@@ -488,6 +557,30 @@ def test_missing_calibration_is_one_line_and_a_recipe_can_be_written(
     assert run(*arguments, "--overwrite").exit_code == 0
     refused(run("quantize", file, "--out", tmp_path / "out"), "expert1")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_the_same_name_is_not_the_expert(merge_folder, tmp_path, models, no_model):
+    """Our own record has the last part of a path, and many models are called `checkpoint-9`."""
+    experts = []
+    for name, path in models[1].items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint-9").symlink_to(path)
+        shutil.copytree(path, tmp_path / name / "real" / "checkpoint-9")
+        experts += ["--expert", f"{name}={tmp_path / name / 'real' / 'checkpoint-9'}"]
+    result = run("merge", "--method", "average", *experts, "--out", tmp_path / "ours")
+    assert result.exit_code == 0, result.output
+    shutil.copytree(models[1]["math"], tmp_path / "checkpoint-9")
+    rows = ["--calibration", "math=math.txt", "--calibration", "code=code.txt"]
+    arguments = ["quantize", "ours", *rows, "--out", tmp_path / "out"]
+    refused(
+        run(*arguments),
+        "expert `code`: the folder `checkpoint-9` that was found holds other weights",
+        "`--expert code=...`",
+        "[EPMQ-F35]",
+    )
+    # With the right one the run goes on, up to the model.
+    result = run(*arguments, "--expert", f"code={models[1]['code']}")
+    assert "other weights" not in result.stderr
 
 
 def test_options_go_with_what_they_are_for(recipe, merge_folder, tmp_path):

@@ -90,6 +90,24 @@ def test_files_and_unknown_options(tmp_path):
         ({"data_free": ["math", "code"], "base": "b"}, r"should be some of the experts"),
         ({"allow_duplicates": 1}, r"`allow_duplicates` should be True or False, got 1"),
         ({"experts": {"a": 3}}, r"`experts\['a'\]` should be a folder, .*, got 3"),
+        ({"alpha": 10**400}, r"`alpha` should be finite"),
+        ({"alpha": 1e40}, r"`alpha` should be at most 1e\+09, got 1e\+40"),
+        ({"alpha_pattern": {"(?i)q_proj": 1}}, r"is not a regular expression: global flags"),
+        ({"alpha_pattern": {b"q": 1}}, r"b'q' is not a regular expression"),
+        ({"expert_weights": {"math": 1e300}}, r"should be between 1e-06 and 1e\+06, got 1e\+300"),
+        ({"data_free": [["math"]], "base": "b"}, r"`data_free` names \['math'\]"),
+        ({"bits": 4.0}, r"`bits` should be one of .*, got 4.0"),
+        ({"group_size": 128.0}, r"`group_size` should be one of .*, got 128.0"),
+        ({"sym": "no"}, r"`sym` should be True or False, got 'no'"),
+        ({"lm_head": 1}, r"`lm_head` should be True or False, got 1"),
+        ({"format": "marlin"}, r"`format` should be one of gptq, gptq_v2, gptq_p"),
+        ({"dynamic": ["q_proj"]}, r"`dynamic` should be a mapping"),
+        ({"dynamic": {"q_proj": None}}, r"`dynamic\['q_proj'\]` should be .* Write|write \"-:"),
+        ({"dynamic": {"-:(": {}}}, r"invalid dynamic pattern `-:\(`"),
+        ({"dynamic": {"q": {"group_size": 32.0}}}, r"`dynamic\['q'\]\[group_size\]` should be"),
+        ({"dynamic": {"q": {"sym": "no"}}}, r"`dynamic\['q'\]\[sym\]` should be True or False"),
+        ({"dynamic": {"q": {"bitz": 3}}}, r"sets `bitz`, .* Did you mean `bits`"),
+        ({"dynamic": {"q": {"alpha": 3}}}, r"sets `alpha`, .* Use `alpha_pattern`"),
     ],
 )
 def test_a_wrong_option_is_named_with_the_rule_and_the_value(options, message):
@@ -97,11 +115,25 @@ def test_a_wrong_option_is_named_with_the_rule_and_the_value(options, message):
         EPMQConfig(**({"experts": EXPERTS} | options))
 
 
-def test_numpy_scalars_become_plain_floats():
+def test_numpy_scalars_become_plain_numbers():
     import numpy
 
-    config = EPMQConfig(experts=EXPERTS, alpha=numpy.float64(0.5))
-    assert type(config.alpha) is float
+    config = EPMQConfig(experts=EXPERTS, alpha=numpy.float64(0.5), group_size=numpy.int64(32))
+    assert type(config.alpha) is float and type(config.group_size) is int
+
+
+def test_a_file_that_cannot_be_read_is_named_without_its_folder(tmp_path):
+    for load in (EPMQConfig.from_json, EPMQConfig.from_yaml):
+        with pytest.raises(EPMQInputError, match=r"`gone.txt` is not readable as") as caught:
+            load(tmp_path / "gone.txt")
+        assert caught.value.code == "EPMQ-O04" and str(tmp_path) not in str(caught.value)
+    with pytest.raises(EPMQInputError, match="`experts` is given twice"):
+        EPMQConfig.from_json('{"experts": {"a": "b"}, "experts": {"c": "d"}}')
+    with pytest.raises(EPMQInputError, match="not readable as JSON"):
+        EPMQConfig.from_json("[" * 100_000)
+    for options in (["a"], None):
+        with pytest.raises(EPMQInputError, match="`options` should be a mapping"):
+            EPMQConfig.from_options(options)
 
 
 def test_patterns_match_whole_path_parts_at_the_end_and_the_first_one_wins():

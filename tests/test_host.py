@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from gptqmodel import GPTQModel
 from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization.config import GPTQConfig
 from judge import stored
@@ -77,6 +78,16 @@ def test_excluding_every_layer_is_refused(tmp_path):
     model = tiny.load(merged, config)
     with pytest.raises(EPMQInputError, match="no linear layer is left"):
         model.quantize({"expert0": tiny.rows(4, 40, seed=0)})
+
+
+@pytest.mark.parametrize("load", [GPTQModel.load, GPTQModel.from_pretrained])
+def test_a_revision_without_a_hub_id_of_its_own_is_refused(load, tmp_path):
+    merged, experts = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1))
+    config = EPMQConfig(group_size=32, experts=experts)
+    for spec in (merged, str(merged), "org/merged@v1", "./merged"):
+        with pytest.raises(EPMQInputError, match="`revision` goes with a hub id") as caught:
+            load(model_id_or_path=spec, quantize_config=config, revision="main")
+        assert caught.value.code == "EPMQ-O03" and str(tmp_path) not in str(caught.value)
 
 
 def test_text_rows_are_tokenised_by_the_merged_models_tokenizer(tmp_path):

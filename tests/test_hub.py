@@ -76,6 +76,7 @@ def refused(spec, *parts, code="EPMQ-F16", **options):
         ("a/b/c", None),
         ("./a", None),
         ("org/name@", None),
+        ("org/name@../../x", None),
         ("órg/name", None),
         ("org/na me", None),
     ],
@@ -149,7 +150,7 @@ def test_other_formats_are_refused_unfetched(hub, tmp_path, file, part):
 def test_what_the_hub_refuses(hub, tmp_path):
     commit = hub.add("org/math", model(tmp_path / "m"))
     hub.add("org/gated", tmp_path / "m", gated=True)
-    refused("org/nobody", "the hub has no `org/nobody`, or it is private", "HF_TOKEN")
+    refused("org/nobody", "no such folder, and no `org/nobody` on the hub", "private", "HF_TOKEN")
     refused("org/math@v9", "`org/math` has no revision `v9`")
     refused(f"org/math@{commit_of('none')}", "has no revision")
     refused("org/gated", "`org/gated` is gated", "Ask for access")

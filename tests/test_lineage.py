@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,106 @@ def test_what_did_not_help_to_make_the_merge_is_left_out(folder):
     ]
 
 
+AS_MERGEKIT_WRITES_THEM = {
+    # examples/gradient-slerp.yml of mergekit, and what its to_yaml() makes of others.
+    "slerp": """
+slices:
+  - sources:
+      - model: psmathur/orca_mini_v3_13b
+        layer_range: [0, 40]
+      - model: garage-bAInd/Platypus2-13B
+        layer_range: [0, 40]
+merge_method: slerp
+base_model: psmathur/orca_mini_v3_13b
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - value: 0.5 # fallback for rest of tensors
+dtype: float16
+""",
+    "dare_ties": """
+models:
+- model: org/base
+- model:
+    model:
+      path: org/math
+      revision: v2
+    override_architecture: LlamaForCausalLM
+  parameters: {density: 0.53, weight: [0.4, 0.4]}
+- model: org/base+org/lora
+  parameters:
+    density: 0.6
+    weight:
+    - {filter: mlp, value: 0.1}
+    - {value: 0.6}
+merge_method: dare_ties
+base_model: {model: {path: org/base}}
+parameters: {int8_mask: true, normalize: true}
+dtype: float32
+out_dtype: bfloat16
+chat_template: "{% for m in messages %}---\\n{{ m['content'] }}{% endfor %}"
+tokenizer:
+  source: union
+  tokens:
+    <|im_start|>: {source: org/math, force: true}
+    <|im_end|>: {source: {kind: zero}}
+  pad_to_multiple_of: 64
+""",
+    "task_arithmetic": """---
+merge_method: task_arithmetic
+slices:
+- base_model: org/base
+  sources:
+  - {model: org/base, layer_range: [0, 4]}
+  - {model: org/a, layer_range: [0, 4], parameters: {weight: 0.3}}
+  - {model: org/b, layer_range: [0, 4], parameters: {weight: 0.3}}
+- base_model: org/base
+  sources:
+  - {model: org/base, layer_range: [4, 8]}
+  - {model: org/b, layer_range: [4, 8], parameters: {weight: 0.3}}
+  - {model: org/a, layer_range: [4, 8], parameters: {weight: 0.3}}
+parameters: {lambda: 0.9}
+tokenizer_source: org/a
+---
+""",
+    "passthrough": "models: [{model: org/base+org/lora}]\nmerge_method: passthrough\n"
+    "base_model: org/base\ndtype: bfloat16\n",
+}
+
+
+def test_configurations_as_mergekit_writes_them(folder):
+    found = {
+        name: read_lineage(mergekit(folder, text)) for name, text in AS_MERGEKIT_WRITES_THEM.items()
+    }
+    assert found["slerp"].experts == {
+        "orca_mini_v3_13b": "psmathur/orca_mini_v3_13b",
+        "Platypus2-13B": "garage-bAInd/Platypus2-13B",
+    }
+    assert set(found["slerp"].weights.values()) == {None} and found["slerp"].base is None
+    assert found["slerp"].parameters["t"][1] == {"value": 0.5}
+    dare = found["dare_ties"]
+    assert dare.base == "org/base"
+    assert dare.experts == {"math": "org/math@v2", "lora": "org/base+org/lora"}
+    assert dare.weights == {"math": 0.4, "lora": None}
+    assert dare.parameters["density"] == {"math": 0.53, "lora": 0.6}
+    # DARE drops entries by chance and ranks none.
+    assert (dare.trim, dare.dtype, dare.tokenizer_source) == (None, "float32", "union")
+    assert dare.described() == "dare_ties (says mergekit)"
+    sliced = found["task_arithmetic"]
+    assert (sliced.base, sliced.tokenizer_source) == ("org/base", "org/a")
+    assert sliced.weights == {"a": 0.3, "b": 0.3} and sliced.parameters == {"lambda": 0.9}
+    assert found["passthrough"].experts == {"lora": "org/base+org/lora"}
+    assert found["passthrough"].base == "org/base"
+
+
+def test_slices_have_one_base(folder):
+    configuration = slices((0, 8), (8, 16)) | {"merge_method": "ties", "base_model": "org/base"}
+    assert read_lineage(mergekit(folder, configuration)).base == "org/base"
+    configuration["slices"][1]["base_model"] = "org/other"
+    refused(mergekit(folder, configuration), "different models as `base_model`")
+
+
 def test_slerp_merges_its_base_model_too(folder):
     source = {"layer_range": [0, 32]}
     configuration = {
@@ -245,12 +346,39 @@ def test_a_small_file_cannot_fill_the_memory(folder):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     text = "\n".join([*lines, "merge_method: linear", "models: [org/a]", "parameters: {t: *a11}"])
-    refused(mergekit(folder, text), "larger or deeper")
+    refused(mergekit(folder, text), "larger")
     loop = "merge_method: linear\nmodels: [org/a]\nparameters: &p {self: *p}"
-    refused(mergekit(folder, loop), "larger or deeper")
+    refused(mergekit(folder, loop), "`mergekit_config.yml`")
     refused(mergekit(folder, "[" * 5000), "`mergekit_config.yml`")
+    deep = "merge_method: linear\nmodels: [org/a]\nparameters: {t: " + "[" * 30 + "]" * 30 + "}"
+    refused(mergekit(folder, deep), "larger or deeper")
     wide = "\n".join([*lines, "merge_method: linear", "models: *a11"])
-    refused(mergekit(folder, wide), "`model")
+    refused(mergekit(folder, wide), "`mergekit_config.yml`")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n" * 300_000 + "merge_method: linear\nmodels: [org/a]",
+        yaml.safe_dump(
+            {
+                "merge_method": "linear",
+                "models": [
+                    {"model": f"org/m{i}", "parameters": {f"p{i}": 0, f"q{i}": 0}}
+                    for i in range(900)
+                ],
+            }
+        ),
+    ],
+    ids=["empty lines", "parameters"],
+)
+def test_a_small_file_cannot_take_hours(folder, text):
+    start = time.perf_counter()
+    try:
+        read_lineage(mergekit(folder, text))
+    except EPMQInputError as error:
+        assert error.code == "EPMQ-F35"
+    assert time.perf_counter() - start < 10
 
 
 # ---- other sources -----------------------------------------------------------------------------
@@ -305,6 +433,12 @@ def test_a_card_with_the_configuration_is_as_good_as_the_file(folder):
     refused(folder, "`README.md`", "2 mergekit configurations")
 
 
+def test_a_card_with_several_stages_is_no_list_of_models(folder):
+    card = CARD.format(models="- x/y\n- x/z") + f"```yaml\nname: one\n{TIES}---\n{TIES}```\n"
+    (folder / "README.md").write_text(card)
+    refused(folder, "`README.md`", "2 merges that build on one another")
+
+
 def test_a_card_with_a_list_of_models(folder):
     (folder / "README.md").write_text(CARD.format(models="- org/base\n- org/math\n- org/math"))
     lineage = read_lineage(folder)
@@ -313,6 +447,11 @@ def test_a_card_with_a_list_of_models(folder):
     assert "`--base`" in lineage.notes[0]
     draft = draft_of_merge(str(folder), Given(base="org/base"))
     assert (draft.base, draft.experts) == ("org/base", {"math": "org/math"})
+    # Under its other name it is the base too.
+    draft = draft_of_merge(str(folder), Given(quantize={"base": "org/base"}))
+    assert (draft.base, draft.experts) == ("org/base", {"math": "org/math"})
+    with pytest.raises(EPMQInputError, match="one base, got 'org/x' beside 'org/y'"):
+        draft_of_merge(str(folder), Given(base="org/y", quantize={"base": "org/x"}))
 
 
 @pytest.mark.parametrize(
@@ -532,6 +671,25 @@ def test_a_folder_without_a_word_needs_every_expert_named(folder):
     assert draft.recipe().experts == {"a": "org/a"}
 
 
+def test_a_home_is_looked_up(folder, tmp_path, monkeypatch):
+    """As in `--calibration=~/rows.yaml`, where the shell leaves the `~` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "math").mkdir(parents=True)
+    (tmp_path / "home" / "rows.yaml").write_text("{math: m.jsonl, code: ~/c.txt}")
+    given = Given(
+        calibration=("~/rows.yaml",), experts={"math": "~/math", "code": "~no-such-user/x"}
+    )
+    draft = draft_of_merge(str(mergekit(folder, TIES)), given)
+    home = tmp_path / "home"
+    assert draft.calibration == {"math": str(home / "m.jsonl"), "code": str(home / "c.txt")}
+    with pytest.raises(EPMQInputError, match="`~no-such-user/x` starts in a home folder"):
+        draft.recipe().source("~no-such-user/x")
+    assert yaml.safe_load(draft.to_yaml(home))["experts"] == {
+        "math": "math",
+        "code": "~no-such-user/x",
+    }
+
+
 def test_a_file_with_the_whole_block(folder, tmp_path):
     (tmp_path / "data").mkdir()
     block = {"math": {"file": "m.jsonl"}, "code": ["c.txt", {"dataset": "org/d", "samples": 3}]}
@@ -544,6 +702,17 @@ def test_a_file_with_the_whole_block(folder, tmp_path):
         assert recipe.calibration["code"][1].dataset == "org/d"
 
 
+def test_one_source_for_all_experts(folder):
+    """In braces as in a file."""
+    block = "{dataset: org/d, expert_column: task, column: text, samples: 8}"
+    draft = draft_of_merge(str(mergekit(folder, TIES)), Given(calibration=(block,)))
+    assert draft.uncalibrated == []
+    assert draft.recipe().calibration.expert_column == "task"
+    block = "{math: m.txt, code: {file: a=b.txt}}"
+    draft = draft_of_merge(str(folder), Given(calibration=(block,)))
+    assert draft.calibration["code"] == {"file": str(Path.cwd() / "a=b.txt")}
+
+
 @pytest.mark.parametrize(
     ("calibration", "code", "parts"),
     [
@@ -552,7 +721,25 @@ def test_a_file_with_the_whole_block(folder, tmp_path):
         (["math="], "EPMQ-O01", ["`math` has no source"]),
         (["math={file: "], "", ["`--calibration math`: line 1"]),
         (["nowhere.yaml"], "EPMQ-O01", ["`nowhere.yaml` cannot be read: No such file"]),
+        (
+            ["math=~no-such-user/a.txt"],
+            "EPMQ-O01",
+            ["`~no-such-user/a.txt` starts in a home folder"],
+        ),
+        (
+            ["~no-such-user/rows.yaml"],
+            "EPMQ-O01",
+            ["`~no-such-user/rows.yaml` starts in a home folder"],
+        ),
         (["rows.yaml", "math=a.txt"], "EPMQ-O01", ["goes alone"]),
+        (
+            [
+                "{math: a.txt",
+            ],
+            "EPMQ-O04",
+            ["`--calibration`: line 1"],
+        ),
+        (["{mth: a.txt}"], "EPMQ-F21", ["`mth` is not one of the experts"]),
     ],
 )
 def test_calibration_on_the_command_line_is_checked(folder, calibration, code, parts):

@@ -105,6 +105,64 @@ def test_which_adapter_is_meant_must_be_clear():
         in_memory(model, what="expert `math`")
 
 
+def wrappers():
+    def inner_compiled(model):
+        model.get_decoder().layers[0] = torch.compile(model.get_decoder().layers[0])
+        return model
+
+    return {
+        "compiled": torch.compile,
+        "data parallel": torch.nn.DataParallel,
+        "both": lambda model: torch.nn.DataParallel(torch.compile(model)),
+        "one layer compiled": inner_compiled,
+    }
+
+
+@pytest.mark.parametrize("wrap", wrappers())
+@pytest.mark.parametrize("form", ["module", "state dict", "peft"])
+def test_what_wraps_a_model_changes_no_name(form, wrap):
+    model = tiny.llama(layers=1)
+    if form == "peft":
+        model = peft_model(model)
+    plain = in_memory(model, what="x")
+    wrapped = wrappers()[wrap](model)
+    taken = in_memory(wrapped.state_dict() if form == "state dict" else wrapped, what="x")
+    assert set(taken.store) == set(plain.store)
+    assert taken.store.digest() == plain.store.digest()
+    if form == "peft":
+        assert taken.adapter.modules and taken.adapter.modules == plain.adapter.modules
+
+
+def test_an_adapter_that_is_switched_off_is_refused():
+    from peft import LoraConfig
+
+    model = tiny.llama(layers=1)
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    assert in_memory(model, what="x").adapter.modules == ["model.layers.0.self_attn.q_proj"]
+    model.disable_adapters()
+    with pytest.raises(EPMQInputError, match="adapter is disabled at the moment"):
+        in_memory(model, what="expert `math`")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.ones(2, 2).to_sparse(), "torch.sparse_coo"),
+        (torch.ones(2, 2).as_subclass(type("Sharded", (torch.Tensor,), {})), "Sharded"),
+    ],
+)
+def test_a_tensor_that_cannot_be_read_alone_is_refused(tensor, kind):
+    with pytest.raises(EPMQInputError, match=rf"`w` is a {kind}, not a plain") as caught:
+        EPMQConfig(experts={"math": {"w": tensor}})
+    assert caught.value.code == "EPMQ-F06"
+
+
+def test_the_state_dict_of_a_peft_model_does_not_say_enough():
+    given = peft_model(tiny.llama(layers=1)).state_dict()
+    with pytest.raises(EPMQInputError, match="that of a PEFT model.* Give the PEFT model itself"):
+        in_memory(given, what="expert `math`")
+
+
 def test_a_quantized_or_foreign_state_dict_is_refused(family):
     merged, paths = family
     weights = module(paths["a"]).state_dict()

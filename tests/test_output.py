@@ -88,6 +88,15 @@ def test_neighbours_of_an_input_are_free(models):
     assert sorted(path.name for path in models.iterdir()) == ["base", "math"]
 
 
+def test_a_place_where_a_file_system_is_mounted_is_refused(tmp_path, monkeypatch):
+    """It cannot be moved aside: the finished checkpoint would be lost after all the work."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == volume)
+    refused(volume, {}, "not be where a file system is mounted, got `volume`. Choose a folder in")
+    assert check_output(volume / "out", {}, False) == volume / "out"
+
+
 def test_the_working_folder_is_not_replaced_under_the_user(tmp_path):
     for place in (Path("."), tmp_path, tmp_path.parent, Path("/")):
         refused(place, {}, "not be the working folder, nor contain it")

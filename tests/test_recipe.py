@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from epmq_gptq.errors import EPMQInputError
@@ -71,8 +71,9 @@ def test_paths_are_those_of_the_recipes_folder(full, tmp_path):
     assert full.place("kept") == tmp_path / "kept"
     assert full.place("/elsewhere/x") == Path("/elsewhere/x")
     assert full.source("models") == str(tmp_path / "models")
-    # A typo beside models that are there is no hub id.
-    assert full.source("models/typo") == str(tmp_path / "models/typo")
+    # Beside other models of theirs `org/name` is an id all the same.
+    assert full.source("models/name") == "models/name"
+    assert full.source("models/too/deep") == str(tmp_path / "models/too/deep")
     assert full.source("./org/name") == str(tmp_path / "org/name")
     assert full.source("org/name@main") == "org/name@main"
 
@@ -95,6 +96,7 @@ def test_paths_are_those_of_the_recipes_folder(full, tmp_path):
         ({"calibration": {"a": "a.txt", "b": "b.txt"}}, "not an expert: b"),
         ({"calibration": {"a": []}}, "`calibration.a` is empty"),
         ({"calibration": {"a": [{}, "b"]}}, "`calibration.a[0]`: exactly one of"),
+        ({"calibration": {"a": ["a.txt", "data_free"]}}, "`calibration.a` has `data_free` in a"),
         ({"calibration": {"a": 3}}, "`calibration.a` should be a mapping"),
         ({"calibration": {"a": "data_free"}}, "`calibration` is `data_free` for every expert"),
         ({"calibration": {"expert_column": "t"}}, "`calibration`: exactly one of `file`"),
@@ -150,6 +152,45 @@ def test_mistakes_of_the_file_are_named(tmp_path, text, message):
         Recipe.from_file(file)
     assert message in str(refused.value)
     assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_json_file_is_read_as_carefully(tmp_path):
+    file = tmp_path / "recipe.json"
+    text = json.dumps(MINIMAL)
+    file.write_text(text, encoding="utf-8-sig")  # as Windows writes it
+    assert Recipe.from_file(file) == Recipe.from_options(MINIMAL)
+    for broken, message in (
+        (text[:-1] + ', "merged": "other"}', "`recipe.json`: `merged` is given twice"),
+        (text[:-1], "`recipe.json`: not readable as JSON: Expecting"),
+        ("[" * 100_000, "not readable as JSON"),
+    ):
+        file.write_text(broken)
+        with pytest.raises(EPMQInputError, match=message) as refused:
+            Recipe.from_file(file)
+        assert refused.value.code == "EPMQ-O04"
+
+
+@pytest.mark.parametrize(
+    "text", ["1e3", "12e4567", "2024-01-01", "a\x85b", "a\u2028\u2029", "\ufeff", "\r\n x ", "yes"]
+)
+def test_text_stays_text_in_yaml(text):
+    recipe = Recipe.from_options(MINIMAL | {"lineage": {text: text, "list": [text, 1e-5, 1e30]}})
+    assert Recipe.from_options(parse_yaml(recipe.to_yaml())) == recipe
+
+
+def test_a_lineage_can_be_written_into_a_checkpoint():
+    lineage = parse_yaml("{date: 2024-01-01, time: 2024-01-01 10:00:00, lam: 1e-1, 1: one}")
+    recipe = Recipe.from_options(MINIMAL | {"lineage": lineage})
+    assert json.loads(recipe.to_json())["lineage"] == {
+        "date": "2024-01-01", "time": "2024-01-01 10:00:00", "lam": 0.1, "1": "one",
+    }  # fmt: skip
+    for value in (object(), {1, 2}, float("nan"), b"x"):
+        with pytest.raises(EPMQInputError, match="`lineage` should be data that JSON can hold"):
+            Recipe.from_options(MINIMAL | {"lineage": {"x": value}})
+
+
+def test_a_name_that_no_file_can_have_is_no_path(tmp_path):
+    assert Recipe.from_options(MINIMAL, tmp_path / "none").source("x/" + "y" * 5000)[:2] == "x/"
 
 
 def test_a_missing_recipe_is_named(tmp_path):
@@ -258,8 +299,9 @@ def test_any_text_is_yaml_or_refused(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "!!bool x", "!!int ''", "!!float x", "!!timestamp x", "!!binary /", "2020-13-45", "=",
-        "[" * 5000, "{? [a]: b}", "!!python/object/apply:os.system [ls]", "x: " + "9" * 5000, "\0",
+        "!!bool x", "!!int ''", "!!float x", "!!timestamp x", "!!binary aGk=", "!!set {a}", "=",
+        "&a {x: *a}", "&a [1, [*a]]", "[" * 5000, "{? [a]: b}",
+        "!!python/object/apply:os.system [ls]", "x: " + "9" * 5000, "\0",
     ],
 )  # fmt: skip
 def test_yaml_that_breaks_its_own_reader_is_refused(text):
@@ -267,10 +309,20 @@ def test_yaml_that_breaks_its_own_reader_is_refused(text):
         parse_yaml(text)
 
 
-def test_aliases_cannot_make_an_error_of_gigabytes():
+def test_aliases_may_repeat_something_but_not_fill_the_memory():
+    assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
     lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    bomb = parse_yaml("\n".join(lines))["a11"]
+    with pytest.raises(EPMQInputError, match="aliases make it far larger than it is"):
+        parse_yaml("\n".join(lines))
+    # Without aliases any size is fine.
+    assert len(parse_yaml("[" + "ab, " * 200_000 + "]")) == 200_000
+
+
+def test_an_error_shows_little_of_what_is_large():
+    bomb = ["lol"] * 9
+    for _ in range(11):
+        bomb = [bomb] * 9
     for key in ("merged", "experts", "calibration", "quantize", "seed", "dtype", "lineage"):
         with pytest.raises(EPMQInputError) as refused:
             Recipe.from_options(MINIMAL | {key: bomb})
@@ -309,6 +361,7 @@ blocks = st.one_of(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example({"file": "x.jsonl", "expert_column": "0\x85"}, 0, 1)
 @given(blocks, st.integers(), st.integers(1, 64))
 def test_a_recipe_survives_being_written_and_read(block, seed, batch_size):
     recipe = Recipe.from_options(

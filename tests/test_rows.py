@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -133,6 +134,9 @@ def test_too_few_rows_are_refused_with_the_numbers(tmp_path):
 def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
     (tmp_path / "table.json").write_text("[]")
+    for name in ("rows.jsonl.gz", "table.csv"):
+        (tmp_path / name).write_bytes(b"\x1f\x8b")
+    (tmp_path / "shards").mkdir()
     (tmp_path / "blank.txt").write_text(" \n\n")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and then nothing")
     for source, message in [
@@ -140,11 +144,16 @@ def test_unreadable_files_are_refused(tmp_path):
         ("c4", r"A dataset is `\{dataset: c4, samples: 128\}`"),
         ("latin.txt", "not readable as UTF-8"),
         ("table.json", r"\{dataset: json, data_files: table.json"),
+        ("rows.jsonl.gz", r"\{dataset: json, data_files: rows.jsonl.gz"),
+        ({"file": "table.csv", "column": "x"}, r"\{dataset: csv, data_files: table.csv"),
+        ("shards", "no file `shards`. It is a folder: list its files"),
+        ("a text of many words " * 300, r"are `\{rows: \[...\]\}`"),
         ("blank.txt", "holds no rows"),
         ("cut.parquet", "not readable as a Parquet file"),
     ]:
-        with pytest.raises(EPMQInputError, match=message):
+        with pytest.raises(EPMQInputError, match=message) as refused:
             read(tmp_path, source)
+        assert len(str(refused.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -193,6 +202,7 @@ def datasets(tmp_path, monkeypatch):
 
 def test_rows_of_a_dataset_and_its_blanks(tmp_path, datasets):
     rows = [{"text": f"row {i}" if i % 2 else ""} for i in range(20)]
+    (tmp_path / "json").mkdir()  # is not what is meant
     source = {"dataset": "json", "data_files": json_file(tmp_path, *rows), "samples": 10}
     (found,) = read(tmp_path, source)
     assert texts(found) == [f"row {i}" for i in range(1, 20, 2)]
@@ -232,6 +242,29 @@ def test_a_dataset_that_cannot_be_had_is_one_line(tmp_path, datasets, monkeypatc
         refused.value
     )
     assert "\n" not in str(refused.value)
+
+
+def test_a_dataset_on_this_machine_is_named_without_its_folders(tmp_path, datasets):
+    (tmp_path / "broken.json").write_text('{"text": ')
+    for options, message in [
+        ({"dataset": str(tmp_path / "none")}, "`none`: the dataset could not be loaded: "),
+        ({"dataset": "json", "data_files": str(tmp_path / "no.json")}, "Unable to find 'no.json'"),
+        ({"dataset": "json", "data_files": "no.json"}, "Unable to find"),
+        ({"dataset": "json", "data_files": "broken.json"}, "JSON parse error"),
+    ]:
+        with pytest.raises(EPMQInputError) as refused:
+            read(tmp_path, options | {"samples": 1})
+        assert message in str(refused.value) and str(tmp_path) not in str(refused.value)
+
+
+def test_columns_without_rows_are_not_decoded(datasets):
+    columns = {"text": ["x"], "image": [{"bytes": b"no image", "path": None}], "task": ["a"]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    assert texts(given(table)[0]) == ["x"]
+    options = {"rows": table, "expert_column": "task"}
+    assert texts(read_calibration(options, ["a"])["a"][0]) == ["x"]
+    with pytest.raises(EPMQInputError, match="no `tsk`, it has text, image, task"):
+        read_calibration(options | {"expert_column": "tsk"}, ["a"])
 
 
 # ---- Parquet -----------------------------------------------------------------------------------
@@ -299,6 +332,26 @@ def test_every_form_of_token_ids_is_the_same_rows(rows):
 CHAT = [{"role": "user", "content": "hi"}]
 
 
+@pytest.mark.parametrize("series", [pandas.Series, numpy.array, tuple])
+def test_a_series_of_texts_is_rows(series):
+    assert texts(given(series(["one", "two"]))[0]) == ["one", "two"]
+
+
+def test_a_list_may_hold_files(tmp_path):
+    first, second = write(tmp_path / "a.txt", "a"), write(tmp_path / "b.txt", "b")
+    sources = [Path(first), {"file": second}, RowSource(rows=["c"])]
+    found = given(sources, folder=tmp_path)
+    assert [texts(each) for each in found] == [["a"], ["b"], ["c"]]
+
+
+def test_splits_and_streams_are_not_taken_for_rows(datasets):
+    table = datasets.Dataset.from_dict({"text": ["x"]})
+    with pytest.raises(EPMQInputError, match="is a mapping of train, .* Give one of its splits"):
+        given(datasets.DatasetDict(train=table))
+    with pytest.raises(EPMQInputError, match=r"`list\(rows.take\(128\)\)`"):
+        given({"rows": table.to_iterable_dataset(), "samples": 1})
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -349,6 +402,14 @@ def test_a_name_is_a_file_and_a_dataset_is_rows(tmp_path, datasets, monkeypatch)
         ([{"messages": "hi"}], "EPMQ-F32", "`messages` should be"),
         ([{"messages": [{"role": 3, "content": "x"}]}], "EPMQ-F32", "`messages` should be"),
         (CHAT, "EPMQ-F32", "Put the chat into a row"),
+        ({"one", "two"}, "EPMQ-F32", "got set. .* a set has another order in every run"),
+        (pyarrow.table({"text": ["x"]}), "EPMQ-F32", "got Table. Give a list of its rows"),
+        (pandas.DataFrame({"text": ["x"]}), "EPMQ-F32", "got DataFrame. Give a list of its rows"),
+        ({"text": "one row"}, "EPMQ-F32", "is a mapping of text, where rows should be"),
+        ({"input_ids": IDS}, "EPMQ-F32", "is a mapping of input_ids, .* Put the rows"),
+        (["a.jsonl", "b.txt"], "EPMQ-F32", "should be texts, got `a.jsonl`. In a list a file is a"),
+        (["data_free"], "EPMQ-F32", "`data_free` stands in place of the list"),
+        ([Path("a.jsonl"), Path("b.jsonl")], "EPMQ-F22", "there is no file `a.jsonl`"),
         ([[4, -1]], "EPMQ-F32", "row 0: token id -1 is negative"),
     ],
 )
@@ -431,7 +492,11 @@ def test_values_are_mapped_ignored_or_refused(tmp_path):
     found = tagged(tmp_path, options | {"other_values": "ignore"})
     assert texts(found["a"][0]) == ["of 0", "of 0"] and texts(found["b"][0]) == ["of 1"]
     free = {"other_values": "ignore", "data_free": ["c"]}
-    assert list(tagged(tmp_path, options | free, experts="abc")) == ["a", "b"]
+    assert list(tagged(tmp_path, options | free, experts="abc", data_free=["c"])) == ["a", "b"]
+    with pytest.raises(EPMQInputError, match="expert `c` is `data_free`, and the option"):
+        tagged(tmp_path, options | free, experts="abc")
+    numbers = [{"id": numpy.int64(0), "text": "x"}]
+    assert tagged(tmp_path, options | {"rows": numbers}, data_free=["b"])["a"]
 
 
 @pytest.mark.parametrize(
@@ -443,7 +508,7 @@ def test_values_are_mapped_ignored_or_refused(tmp_path):
         ({"samples": 11}, "EPMQ-F24", "expert `a`: `samples` asks for 11 rows, there are 10"),
         ({"experts_by_value": {"x": "z"}}, "EPMQ-F21", "names `z`"),
         ({"data_free": ["z"]}, "EPMQ-F21", "`data_free` names `z`"),
-        ({"data_free": ["a", "b"]}, "EPMQ-F22", "`data_free` for every expert"),
+        ({"experts_by_value": {0: "a", "0": "b"}}, "EPMQ-O01", "every value once, got \\['0', '0'"),
         ({"other_values": "drop"}, "EPMQ-O01", "`other_values` should be refuse or ignore"),
         ({"experts_by_value": ["a"]}, "EPMQ-O01", "`experts_by_value` should be a mapping"),
         ({"expert_column": ""}, "EPMQ-O01", "`expert_column` should be the name of a column"),

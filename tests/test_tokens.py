@@ -112,6 +112,13 @@ def test_a_file_is_cut_at_a_default_and_given_rows_are_not(tmp_path):
         ),
         ([[{"role": "user", "content": "x"}]], Bytes(), "EPMQ-F32", "row 0: .* no chat template"),
         ([[{"role": "tool", "content": "x"}]], Chat(), "EPMQ-F32", "row 0: .* a user should begin"),
+        (
+            [[{"role": "user", "content": [{"type": "text", "text": "x"}]}]],
+            Chat(),
+            "EPMQ-F32",
+            "row 0: .* takes no `content` in parts",
+        ),
+        (["a", "cut \ud83d"], Bytes(), "EPMQ-F32", "row 1: the text has half of a character"),
         (["x"], lambda text, add_special_tokens: {"input_ids": []}, "EPMQ-F32", "makes no token"),
     ],
 )
@@ -185,6 +192,8 @@ def test_a_size_for_all_of_them_joins_every_experts_rows_apart():
     assert ids(encoded) == [[5, 5, 5, 2]] and ids(encoded, "b") == [[7] * 4] * 2
     with pytest.raises(EPMQInputError, match="`calibration_concat_size` should be a positive"):
         encode({"a": [[5] * 3]}, concat_size=0)
+    with pytest.raises(EPMQInputError, match="is 4, and `seqlen` of rows is 5"):
+        encode({"a": RowSource(rows=[[5] * 9], seqlen=5)}, concat_size=4)
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import EPMQInputError, EPMQWarning
 from ..hub import fetch, local_folder, parse_hub_id
+from ..options import shown, write_yaml
 from ..recipe import RECIPE_VERSION, Recipe
+from ..rows import is_word
 from .facts import Lineage, is_local, published, refusal
 from .read import LINEAGE_FILES, read_lineage
 from .sources import DATA_FREE, check_source, moved_source, parse_calibration
@@ -140,6 +140,45 @@ class Draft:
             lines.append(("expert", f"{name}: {published(self._known[name])}{told}{gone}"))
         return lines
 
+    def check_weights(self, tell: Callable[[str], None]) -> None:
+        """Refuse a folder that only bears the name of a model that was merged.
+
+        Our own record knows models by the last part of their path, and `checkpoint-1000` is many.
+        It has digests too: all weights of such folders are read, and the run's own record does not
+        read them again.
+
+        Args:
+            tell: called with what is read next.
+
+        Raises:
+            EPMQInputError: naming the expert and the option that says where it is.
+        """
+        if self.lineage is None:
+            return
+        from ..checkpoints import open_checkpoint
+
+        found = [
+            (self.experts[name], digest, f"expert `{name}`", f"--expert {name}=...")
+            for name, digest in self.lineage.digests.items()
+            if name in self.experts and name not in self.given.experts
+        ]
+        if self.lineage.base_digest and self.base and self.given.base is None:
+            found.append((self.base, self.lineage.base_digest, "the base", "--base ..."))
+        for spec, digest, what, option in found:
+            if not Path(spec).is_dir():
+                continue  # a hub id, at the commit that was merged
+            checkpoint, source = open_checkpoint(spec, what=what)
+            tell(f"{what}: {source.name} against the merge's record")
+            same = checkpoint.digest() == digest
+            checkpoint.close()
+            if not same:
+                raise refusal(
+                    what,
+                    f"the folder `{source.name}` that was found holds other weights than the "
+                    "model of that name that was merged",
+                    f"Say where it is: `{option}`.",
+                )
+
     # ---- the recipe ----------------------------------------------------------------------------
 
     def recipe(self) -> Recipe:
@@ -161,18 +200,18 @@ class Draft:
             "every key."
         ]
         head = {key: options.pop(key) for key in ("version", "merged", "experts")}
-        lines.append(_dump(head))
+        lines.append(write_yaml(head))
         for name in self.absent:
             lines.append(f"# not on this machine: expert {name} ({experts[name]})\n")
         lines.append("calibration:\n")
         if calibration:
-            lines.append("".join(f"  {line}\n" for line in _dump(calibration).splitlines()))
+            lines.append("".join(f"  {line}\n" for line in write_yaml(calibration).splitlines()))
         for name in self.uncalibrated:
             lines.append(
                 f"  # {name}: {{file: {name}.jsonl, samples: 128}}    # rows of its own task\n"
             )
         if options:
-            lines.append(_dump(options))
+            lines.append(write_yaml(options))
         return lines[0] + "\n" + "".join(lines[1:])
 
     def _options(self, folder: Path) -> dict[str, Any]:
@@ -205,6 +244,7 @@ def draft_of_merge(target: str, given: Given) -> Draft:
         EPMQInputError: the model cannot be found, its lineage is not to be used, or an option is
             wrong.
     """
+    given = _with_one_base(given)
     folder = local_folder(target, _MERGED)
     merged, name, places = target, target, []
     if folder is None:
@@ -238,6 +278,22 @@ def draft_of_merge(target: str, given: Given) -> Draft:
     draft = Draft(merged, lineage, experts, absent, base, {}, given, notes)
     draft.calibration = parse_calibration(given.calibration, draft._names)
     return draft
+
+
+def _with_one_base(given: Given) -> Given:
+    """``--set base=`` is ``--base``."""
+    options = dict(given.quantize)
+    base = options.pop("base", None)
+    if base is None or base == given.base:
+        return given if base is None else replace(given, quantize=options)
+    if given.base is not None or not is_word(base):
+        raise EPMQInputError(
+            f"`--set base` should be the one base, got {shown(base)} beside {shown(given.base)}.",
+            code="EPMQ-O03",
+            subject="`--set base`",
+            remedy="Give `--base` alone.",
+        )
+    return replace(given, base=base, quantize=options)
 
 
 def _warn_unpinned(target: str, merged: str) -> None:
@@ -297,7 +353,7 @@ def _existing(path: str, places: Sequence[Path]) -> str | None:
 
 def _check_place(name: str, answer: str) -> str:
     answer = answer.strip()
-    parts = [answer] if Path(answer).expanduser().exists() else answer.split("+")
+    parts = [answer] if _existing(answer, [Path()]) else answer.split("+")
     for part in parts:
         local_folder(part.strip(), f"expert `{name}`")
     return answer
@@ -306,16 +362,12 @@ def _check_place(name: str, answer: str) -> str:
 # ---- writing -----------------------------------------------------------------------------------
 
 
-def _dump(data: Any) -> str:
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-
-
 def _moved(spec: str, folder: Path) -> str:
     """A spec as a file of ``folder`` writes it: what lies in it relative, hub ids as they are."""
-    whole = Path(spec).expanduser()
-    if "+" in spec and not whole.exists():
+    whole = _existing(spec, [Path()])
+    if "+" in spec and whole is None:
         return "+".join(_moved(part.strip(), folder) for part in spec.split("+"))
-    if not whole.exists():
+    if whole is None:
         return spec
-    path, folder = whole.absolute(), folder.absolute()
+    path, folder = Path(whole).absolute(), folder.absolute()
     return os.path.relpath(path, folder) if path.is_relative_to(folder) else str(path)

@@ -41,6 +41,8 @@ class Lineage:
             "whole model"; None for a method that does not, or where it is not known.
         tokenizer_source: mergekit's option.
         dtype: the one that the merge was computed in.
+        digests: name → SHA-256 of the weights that were merged, where our own record has it.
+        base_digest: the same of the base.
         notes: what was left out, or cannot be said in the words above.
     """
 
@@ -53,6 +55,8 @@ class Lineage:
     trim: str | None = None
     tokenizer_source: str | None = None
     dtype: str | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+    base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_record(self) -> dict[str, Any]:

@@ -22,17 +22,22 @@ from .facts import (
     refusal,
     text,
 )
-from .mergekit_models import NO_EXPERTS, ListedModel, listed_models, mapping, model_spec
+from .mergekit_models import (
+    NO_EXPERTS,
+    base_of,
+    listed_models,
+    mapping,
+    model_spec,
+)
 
-# These trim or drop entries of task vectors, within each tensor.
-_TRIMS = {
-    *("ties", "dare_ties", "dare_linear", "della", "della_linear"),
-    *("breadcrumbs", "breadcrumbs_ties", "sce"),
-}
+# These rank the entries of task vectors, within each tensor; DARE drops them by chance.
+_TRIMS = {"ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce"}
 # Here `base_model` is one end of an interpolation, not what the experts were fine-tuned from.
 _BASE_IS_MERGED = {"slerp", "nearswap", "arcee_fusion"}
 # Here it only gives the tokenizer and the architecture; listed among the models, it is one of them.
 _BASE_IS_UNUSED = {"linear", "karcher"}
+
+_MAX_KEYS = 100  # no method has ten
 
 
 def is_mergekit(data: Any) -> bool:
@@ -57,7 +62,7 @@ def mergekit_lineage(data: Any, what: str) -> Lineage:
     method = text(data.get("merge_method"), what, "merge_method")
     if method is None:
         raise refusal(what, "`merge_method` is missing")
-    base = model_spec(data["base_model"], what) if data.get("base_model") is not None else None
+    base = base_of(data, what)
     parameters = mapping(data.get("parameters"), what, "parameters")
     lineage = Lineage("mergekit", method, trim="per tensor" if method in _TRIMS else None)
     lists = listed_models(data, what)
@@ -68,11 +73,18 @@ def mergekit_lineage(data: Any, what: str) -> Lineage:
             NO_EXPERTS,
         )
     by_model = _input_parameters(data, what)
-    weights = _weights(lists, by_model, parameters, lineage)
+    own: dict[str, list[Mapping[str, Any]]] = {}
+    for source in (source for each in lists for source in each):
+        own.setdefault(source.spec, []).append(source.parameters)
+    weights = _weights(own, by_model, parameters, lineage)
+    for spec in own:
+        if len(own[spec]) > len(lists):
+            weights[spec] = None
+            lineage.notes.append(f"`{published(spec)}` is merged more than once")
     if base is not None:
         _place_base(base, method, parameters, weights, lineage)
     _take_experts(weights, lineage, what)
-    lineage.parameters = _other_parameters(parameters, lists, by_model, lineage, what)
+    lineage.parameters = _other_parameters(parameters, own, by_model, lineage, what)
     lineage.dtype = text(data.get("dtype") or data.get("out_dtype"), what, "dtype")
     lineage.tokenizer_source = _tokenizer_source(data, what)
     return lineage
@@ -109,18 +121,20 @@ def _scalar(value: Any) -> float | None:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
         entry = value[0]
         value = entry.get("value") if entry.get("filter") in (None, "*") else None
+    if isinstance(value, list) and len({number(point) for point in value}) == 1:
+        value = value[0]  # a gradient from a number to itself
     return number(value)
 
 
 def _weights(
-    lists: list[list[ListedModel]],
+    own: Mapping[str, list[Mapping[str, Any]]],
     by_model: Mapping[str, Mapping[str, Any]],
     parameters: Mapping[str, Any],
     lineage: Lineage,
 ) -> dict[str, float | None]:
     """Spec → weight, in the order of the merge."""
     weights: dict[str, float | None] = {}
-    for spec, given in _given(lists, by_model, parameters, "weight"):
+    for spec, given in _given(own, by_model, parameters, "weight"):
         values = [_scalar(value) for value in given]
         if given and None in values:
             lineage.notes.append(
@@ -130,32 +144,19 @@ def _weights(
         if given and None not in values and not same:
             lineage.notes.append(f"the weight of `{published(spec)}` differs between slices")
         weights[spec] = values[0] if same else None
-    twice = [spec for spec in weights if any(_count(each, spec) > 1 for each in lists)]
-    for spec in twice:
-        weights[spec] = None
-        lineage.notes.append(f"`{published(spec)}` is merged more than once")
     return weights
 
 
-def _count(sources: list[ListedModel], spec: str) -> int:
-    return sum(source.spec == spec for source in sources)
-
-
 def _given(
-    lists: list[list[ListedModel]],
+    own: Mapping[str, list[Mapping[str, Any]]],
     by_model: Mapping[str, Mapping[str, Any]],
     parameters: Mapping[str, Any],
     key: str,
 ) -> Iterator[tuple[str, list[Any]]]:
     """For each model the values that a parameter has, by the innermost place that says one."""
-    for spec in dict.fromkeys(source.spec for each in lists for source in each):
+    for spec, each in own.items():
         outer = by_model.get(spec, {}).get(key, parameters.get(key))
-        values = [
-            source.parameters.get(key, outer)
-            for each in lists
-            for source in each
-            if source.spec == spec
-        ]
+        values = [given.get(key, outer) for given in each]
         yield spec, [value for value in values if value is not None]
 
 
@@ -203,7 +204,7 @@ def _take_experts(weights: Mapping[str, float | None], lineage: Lineage, what: s
 
 def _other_parameters(
     parameters: Mapping[str, Any],
-    lists: list[list[ListedModel]],
+    own: Mapping[str, list[Mapping[str, Any]]],
     by_model: Mapping[str, Mapping[str, Any]],
     lineage: Lineage,
     what: str,
@@ -211,12 +212,14 @@ def _other_parameters(
     """All parameters but the weights; one that a model has of its own is under that model."""
     result = {key_text(key): value for key, value in parameters.items() if key != "weight"}
     names = {spec: name for name, spec in lineage.experts.items()}
-    own = {key_text(k) for each in lists for source in each for k in source.parameters}
-    own |= {key for given in by_model.values() for key in given}
-    for key in sorted(own - {"weight"}, key=str):
+    keys = {key for each in own.values() for given in each for key in given}
+    keys |= {key for given in by_model.values() for key in given}
+    if len(keys) > _MAX_KEYS:
+        raise refusal(what, f"its models have {len(keys)} parameters, more than {_MAX_KEYS}")
+    for key in sorted(keys - {"weight"}, key=str):
         values = {
             names[spec]: given[0] if len(given) == 1 else given
-            for spec, given in _given(lists, by_model, parameters, key)
+            for spec, given in _given(own, by_model, parameters, key)
             if given and spec in names
         }
         if values:

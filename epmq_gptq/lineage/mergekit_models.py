@@ -55,6 +55,22 @@ def listed_models(data: Mapping[str, Any], what: str) -> list[list[ListedModel]]
     return lists
 
 
+def base_of(data: Mapping[str, Any], what: str) -> str | None:
+    """``base_model``, which slices may have of their own.
+
+    Raises:
+        EPMQInputError: slices have different ones.
+    """
+    given = [data.get("base_model")]
+    if isinstance(data.get("slices"), list):
+        own = [each.get("base_model") for each in data["slices"] if isinstance(each, Mapping)]
+        given = [given[0] if base is None else base for base in own] or given
+    bases = {None if base is None else model_spec(base, what) for base in given}
+    if len(bases) > 1:
+        raise refusal(what, "its slices have different models as `base_model`")
+    return next(iter(bases))
+
+
 def _layer_range(source: Any, what: str, place: str) -> tuple[int, int]:
     value = source.get("layer_range") if isinstance(source, Mapping) else None
     whole = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2

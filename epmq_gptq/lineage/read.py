@@ -21,7 +21,7 @@ LINEAGE_FILES = (RECORD, MERGEKIT, CARD)
 MAX_BYTES = 1_000_000
 
 _MARK = re.compile(r"^---(?:[ \t].*)?$", re.MULTILINE)
-_COMMENT = re.compile(r"^\s*#.*$", re.MULTILINE)
+_COMMENT = re.compile(r"^[ \t]*#.*$", re.MULTILINE)
 _BLOCK = re.compile(r"^```[ \t]*ya?ml[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL | re.IGNORECASE)
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*$", re.MULTILINE | re.DOTALL)
 
@@ -88,13 +88,17 @@ def _yaml(content: str, what: str) -> Any:
 
 def _from_mergekit(content: str) -> Lineage:
     what = f"`{MERGEKIT}`"
-    documents = [part for part in _MARK.split(_COMMENT.sub("", content)) if part.strip()]
+    return mergekit_lineage(_yaml(_one_document(content, what), what), what)
+
+
+def _one_document(content: str, what: str) -> str:
+    documents = [part for part in _MARK.split(content) if _COMMENT.sub("", part).strip()]
     if len(documents) > 1:
         raise refusal(
             what,
             f"it holds {len(documents)} merges that build on one another (mergekit-multi)",
         )
-    return mergekit_lineage(_yaml(content, what), what)
+    return documents[0] if documents else content
 
 
 # ---- our own record ----------------------------------------------------------------------------
@@ -119,6 +123,7 @@ def _from_record(content: str) -> Lineage:
     weights = parameters.get("weights")
     weights = weights if isinstance(weights, dict) else {}
     by_name = dict(zip(named, specs, strict=True))
+    digests = {name: _digest(experts[by_name[name]]) for name in named}
     return Lineage(
         "epmq_gptq",
         text(record.get("method"), what, "method"),
@@ -127,7 +132,14 @@ def _from_record(content: str) -> Lineage:
         named,
         {name: number(weights.get(by_name[name])) for name in named},
         text(record.get("trim"), what, "trim"),
+        digests={name: digest for name, digest in digests.items() if digest},
+        base_digest=_digest(base or {}),
     )
+
+
+def _digest(source: Mapping[str, Any]) -> str | None:
+    digest = source.get("digest")
+    return digest if isinstance(digest, str) else None
 
 
 def _recorded(source: Any, key: str, what: str) -> str:
@@ -148,6 +160,8 @@ def _from_card(content: str) -> Lineage | None:
     what = f"`{CARD}`"
     configurations = []
     for block in _BLOCK.findall(content):
+        if "merge_method" in block:
+            block = _one_document(block, what)
         try:
             data = _yaml(block, what)
         except EPMQInputError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EPMQInputError
-from ..options import parse_yaml
+from ..options import parse_yaml, resolve_path
 from ..recipe import Recipe
 from ..rows import DATA_FREE
 
@@ -16,16 +16,22 @@ from ..rows import DATA_FREE
 def parse_calibration(values: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
     """``--calibration`` as the recipe's block; files as absolute paths.
 
+    Args:
+        values: ``name=SPEC`` each; or one alone, a YAML file with the whole block, or the block
+            itself in braces.
+        experts: the names that may be given.
+
     Raises:
         EPMQInputError: an unknown or repeated expert, or a file that is no block.
     """
     block: dict[str, Any] = {}
     for value in values:
         name, equals, source = value.partition("=")
-        if not equals:
+        is_block = value.lstrip().startswith("{")
+        if is_block or not equals:
             if len(values) > 1:
-                raise _wrong("a file with the whole block goes alone", "Leave the others out.")
-            return _block(Path(value), experts)
+                raise _wrong("what gives all experts theirs goes alone", "Leave the others out.")
+            return _written(value, experts) if is_block else _read(Path(value), experts)
         if name in block:
             raise _wrong(f"`{name}` is given twice", "Keep one; `name=[a.jsonl, b.jsonl]` is both.")
         _check_expert(name, experts)
@@ -33,9 +39,18 @@ def parse_calibration(values: Sequence[str], experts: Sequence[str]) -> dict[str
     return block
 
 
-def _block(file: Path, experts: Sequence[str]) -> dict[str, Any]:
+def _written(text: str, experts: Sequence[str]) -> dict[str, Any]:
     try:
-        block = parse_yaml(file.expanduser().read_text(encoding="utf-8"))
+        block = parse_yaml(text)
+    except EPMQInputError as error:
+        raise error.within("`--calibration`") from error
+    return _checked(block, Path.cwd(), "`{...}`", experts)
+
+
+def _read(file: Path, experts: Sequence[str]) -> dict[str, Any]:
+    file = resolve_path(str(file), Path())
+    try:
+        block = parse_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise _wrong(
@@ -43,17 +58,19 @@ def _block(file: Path, experts: Sequence[str]) -> dict[str, Any]:
         ) from error
     except EPMQInputError as error:
         raise error.within(f"`--calibration {file.name}`") from error
+    return _checked(block, file.parent, f"`{file.name}`", experts)
+
+
+def _checked(block: Any, folder: Path, what: str, experts: Sequence[str]) -> dict[str, Any]:
     if isinstance(block, Mapping) and set(block) == {"calibration"}:
         block = block["calibration"]
     if not isinstance(block, Mapping) or not all(isinstance(key, str) for key in block):
-        raise _wrong(
-            f"`{file.name}` should map experts to sources", "Write it as in a recipe's block."
-        )
+        raise _wrong(f"{what} should map experts to sources", "Write it as in a recipe's block.")
     if "expert_column" in block:
-        return dict(_absolute(dict(block), file.parent))
+        return dict(_absolute(dict(block), folder))
     for name in block:
         _check_expert(name, experts)
-    return {name: _absolute(source, file.parent) for name, source in block.items()}
+    return {name: _absolute(source, folder) for name, source in block.items()}
 
 
 def _check_expert(name: str, experts: Sequence[str]) -> None:
@@ -93,7 +110,7 @@ def parse_source(name: str, value: str) -> Any:
 def _absolute(source: Any, folder: Path) -> Any:
     """A source whose file is an absolute path."""
     if isinstance(source, str) and source != DATA_FREE:
-        return str((folder / Path(source).expanduser()).absolute())
+        return str(resolve_path(source, folder).absolute())
     if isinstance(source, Mapping) and isinstance(source.get("file"), str):
         return {**source, "file": _absolute(source["file"], folder)}
     if isinstance(source, list):

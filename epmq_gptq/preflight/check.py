@@ -11,15 +11,16 @@ import torch
 from ..errors import EPMQInputError
 from ..linears import Linear, resolve
 from . import estimates
+from .bases import compare_bases
 from .coverage import check_coverage, widths
 from .duplicates import check_duplicates, equal_models
 from .findings import Finding, Preflight
 from .finite import Finite
 from .serving import Export, check_serving
 from .similarity import TaskVectors, judge
-from .structure import compare_configs
+from .structure import compare_configs, normalised
 from .tensors import check_tensors
-from .tokenizers import compare_tokenizers
+from .tokenizers import Tokenizers
 from .weights import BASE, MERGED, Models
 
 VERIFY = ("headers", "sample", "full")
@@ -44,6 +45,7 @@ def preflight(
     dynamic: Mapping[str, Any] | None = None,
     lm_head: bool = False,
     allow_duplicates: bool = False,
+    on_bad_module: str = "raise",
     base: Any | None = None,
     tokens: Mapping[str, int] | None = None,
     verify: str = "sample",
@@ -60,7 +62,8 @@ def preflight(
         merged: tensors of the merged model (a checkpoint or a state dict).
         experts: the :class:`~epmq_gptq.experts.Experts`; bound to ``linears`` here where they fit.
         linears: the layers that will be quantized, in forward order.
-        bits, group_size, sym, desc_act, dynamic, lm_head, allow_duplicates: as in ``EPMQConfig``.
+        bits, group_size, sym, desc_act, dynamic, lm_head, allow_duplicates, on_bad_module: as in
+            ``EPMQConfig``.
         base: tensors of the model that the experts were fine-tuned from, or None.
         tokens: calibration tokens per expert, or None where they are not known yet.
         verify: ``"headers"``, ``"sample"`` or ``"full"``.
@@ -87,11 +90,11 @@ def preflight(
     result.estimates = {"disk": estimates.disk(merged, linears, export, dtype_bytes)}
     if tokens:
         result.estimates |= _run_estimates(
-            merged, linears, tokens, shares, device, dtype_bytes or _dtype_bytes(merged, linears)
+            merged, linears, tokens, len(experts.names), device, dtype_bytes
         )
     # Weights that do not fit cannot be compared; what is wrong with them is said already.
     if verify != "headers" and experts.names and not _unfit(result):
-        _weights(result, merged, experts, linears, base, allow_duplicates)
+        _weights(result, merged, experts, linears, base, allow_duplicates, on_bad_module == "raise")
     result.seconds = time.perf_counter() - start
     return result
 
@@ -117,6 +120,7 @@ def _headers(
     result.models[MERGED] = checked.table
     result.add(checked.findings)
     result.add(_head(linear) for linear in tied)
+    tokenizers = Tokenizers(merged.path)
     others = [(f"expert `{name}`", name) for name in experts.names]
     if base is not None:
         others.append((BASE, None))
@@ -124,13 +128,20 @@ def _headers(
         store = base if name is None else experts.store(name)
         adapter = None if name is None else experts.adapter(name)
         # First: where the network is another one, its tensors are the consequence.
-        result.add(compare_configs(config, store.config(), what))
+        try:
+            theirs = store.config()
+        except EPMQInputError as error:
+            result.add([Finding.from_error(error, subject=what)])
+            theirs = {}
+        result.add(compare_configs(config, theirs, what))
+        if adapter is not None:
+            result.add(compare_bases(adapter.base, experts.expert(name).base, what))
         checked = check_tensors(merged, store, linears, what, adapter=adapter)
         result.models[what if name is None else name] = checked.table
         result.add(checked.findings)
         # An adapter's folder holds the tokenizer that it was trained with, if any.
         folder = store.path if adapter is None else getattr(adapter.tensors, "path", None)
-        result.add(compare_tokenizers(merged.path, folder, what))
+        result.add(tokenizers.compare(folder, what))
 
 
 def _tied_head(merged: Any, linears: Sequence[Linear]) -> Iterator[Linear]:
@@ -164,12 +175,16 @@ def _run_estimates(
     merged: Any,
     linears: Sequence[Linear],
     tokens: Mapping[str, int],
-    shares: Mapping[int, float],
+    experts: int,
     device: str,
-    dtype_bytes: int,
+    dtype_bytes: int | None,
 ) -> dict[str, Any]:
     total = sum(tokens.values())
-    hidden = min(shares, default=0)
+    config = merged.config()
+    shares = widths(linears, config)
+    # What passes from layer to layer; routed modules may be narrower.
+    hidden = normalised(config)["hidden_size"] or min(shares, default=0)
+    dtype_bytes = dtype_bytes or _dtype_bytes(merged, linears)
     half = estimates.measure_rate(device, torch.bfloat16) if dtype_bytes == 2 else None
     return {
         "memory": estimates.memory(
@@ -178,7 +193,7 @@ def _run_estimates(
         "time": estimates.duration(
             linears,
             tokens=total,
-            experts=len(tokens),
+            experts=experts,
             shares=shares,
             rate=estimates.measure_rate(device),
             forward_rate=half,
@@ -194,6 +209,7 @@ def _weights(
     linears: Sequence[Linear],
     base: Any | None,
     allow_duplicates: bool,
+    stops: bool,
 ) -> None:
     try:
         experts.bind(linears)
@@ -209,9 +225,8 @@ def _weights(
     for rows in models.everything(linears) if full else models.sample(linears):
         blocks = {name: models.rows(name, rows) for name in models.names}
         vectors.add(blocks)
-        if full:
-            for name, W in blocks.items():
-                finite.add(name, rows, W)
+        for name, W in blocks.items():
+            finite.add(name, rows, W)
     result.similarity = vectors.to_dict()
     result.add(judge(result.similarity, experts.names))
     if full:
@@ -223,5 +238,7 @@ def _weights(
             for name, table in result.models.items()
             if next(iter(table["dtypes"]), "") == "F16"
         }
-        result.add(finite.findings(half))
+        result.add(finite.large(half))
+    # What a sample meets by chance is no verdict on the whole: the run itself raises it.
+    result.add(finite.findings("error" if full and stops else "warning"))
     result.bytes_read = models.bytes_read

@@ -30,12 +30,20 @@ def equal_models(models: Models, linears: Sequence[Linear]) -> list[list[str]]:
     Returns:
         The classes with more than one member, each in the order of ``models.names``.
     """
-    classes = [list(models.names)] if len(models.names) > 1 else []
+    # One folder under two names is equal unread: the first name stands for the others.
+    same: dict[str, list[str]] = {}
+    for name in models.names:
+        first = next((first for first in same if models.is_same_source(first, name)), name)
+        same.setdefault(first, []).append(name)
+    classes = [list(same)] if len(same) > 1 else []
     for rows in _order(linears):
         if not classes:
             break
         classes = [part for group in classes for part in _split(models, group, rows)]
-    return classes
+    alone = set(same).difference(*classes)
+    classes += [[first] for first in same if first in alone and len(same[first]) > 1]
+    order = models.names.index
+    return [sorted((name for first in each for name in same[first]), key=order) for each in classes]
 
 
 def _order(linears: Sequence[Linear]) -> Iterator[Rows]:

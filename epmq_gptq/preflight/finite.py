@@ -1,4 +1,4 @@
-"""``verify="full"``: NaN, infinite and large values, counted in every weight that is used."""
+"""NaN, infinite and large values in the weights that are read: all of them in ``"full"``."""
 
 from __future__ import annotations
 
@@ -81,15 +81,15 @@ class Finite:
                 entry["where"][name] = {"nan": count.nan, "inf": count.inf, "first": count.first}
         return table
 
-    def findings(self, half: set[str]) -> Iterator[Finding]:
-        """F08 and F09 for every tensor; a note on large values of the models in ``half``."""
+    def findings(self, level: str) -> Iterator[Finding]:
+        """F08 and F09 for every tensor."""
         for (model, name), count in self._counts.items():
             bad = count.nan + count.inf
             if not bad:
                 continue
             merged = model == MERGED
             yield Finding(
-                "error",
+                level,
                 "EPMQ-F09" if merged else "EPMQ-F08",
                 called(model),
                 f"{called(model)}: `{name}` holds {count.nan:,} NaN and "
@@ -98,6 +98,9 @@ class Finite:
                 if merged
                 else "Fetch the expert again, or leave it out.",
             )
+
+    def large(self, half: set[str]) -> Iterator[Finding]:
+        """A note on large values of the models in ``half``."""
         for model, entry in self.to_dict().items():
             if model in half and entry["large"]:
                 yield Finding(

@@ -7,7 +7,7 @@ steps that do not need it go on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,6 +58,7 @@ class Subject:
             merged = recipe.merge.base or next(iter(recipe.experts.values()))
             name = "base" if recipe.merge.base else "first expert"
             findings = (
+                *_method(recipe),
                 Finding(
                     "note",
                     "EPMQ-F18",
@@ -116,6 +117,16 @@ class Subject:
         if draft.base is not None:
             options.setdefault("base", draft.base)
         return cls(draft.merged, draft.experts, options, draft.given.dtype, None, tuple(findings))
+
+
+def _method(recipe: Recipe) -> Iterator[Finding]:
+    """What a run would refuse before it merges."""
+    from ..pipeline import check_method
+
+    try:
+        check_method(recipe)
+    except EPMQError as error:
+        yield Finding.from_error(error)
 
 
 def read_subject(target: str, given: Given, reporter: Reporter) -> Subject:

@@ -76,6 +76,7 @@ def check_run(
         dynamic=config.dynamic,
         lm_head=bool(config.lm_head),
         allow_duplicates=config.allow_duplicates,
+        on_bad_module=config.on_bad_module,
         base=None if experts.base is None else experts.base[0],
         tokens=tokens,
         **depth,

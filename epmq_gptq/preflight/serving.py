@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..linears import Linear
 from .findings import Finding, listed
+from .structure import normalised
 
 ENGINES = {
     "vLLM": "0.32",
@@ -23,7 +24,9 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 # Layers that tensor parallelism cuts along their inputs; all others along their outputs.
 _CUT_INPUTS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2")
 _KEY_VALUES = ("k_proj", "v_proj")
-_ROUTED = re.compile(r"(.+\.experts)\.\d+\.")
+_ROUTED = re.compile(r"(.+\.experts)\.(\d+)\.")
+# The projections of a routed module, by the names that checkpoints give them.
+_ROUTED_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
 MARLIN_GROUPS = (-1, 32, 64, 128)
 MARLIN_N, MARLIN_K = 64, 128
 
@@ -205,7 +208,8 @@ def check_serving(
         linears: the layers that will be quantized.
         config: of the merged model, for the heads that tensor parallelism deals out.
     """
-    facts = _facts(export, list(linears))
+    routed_modules = normalised(config)["experts"]
+    facts = _facts(export, list(linears), routed_modules if isinstance(routed_modules, int) else 0)
     table = {}
     for engine, version in ENGINES.items():
         broken = [(r, r.broken(facts)) for r in RULES if r.engine == engine]
@@ -221,7 +225,7 @@ def check_serving(
     return [*_grid(facts), *_judge(table)], table
 
 
-def _facts(export: Export, linears: list[Linear]) -> Facts:
+def _facts(export: Export, linears: list[Linear], routed_modules: int) -> Facts:
     settings: dict[Settings, str] = {}
     quantized = []
     for linear in linears:
@@ -230,7 +234,8 @@ def _facts(export: Export, linears: list[Linear]) -> Facts:
             quantized.append(linear)
             settings.setdefault(each, linear.name)
     uneven, unseen = [], []
-    for whole, parts in _fused([linear.name for linear in quantized]).items():
+    names = [linear.name for linear in quantized]
+    for whole, parts in _fused(names, routed_modules).items():
         given = {export.of(part) for part in parts}
         if len(given) > 1:
             uneven.append(whole)
@@ -239,20 +244,27 @@ def _facts(export: Export, linears: list[Linear]) -> Facts:
     return Facts(export, settings, quantized, uneven, unseen)
 
 
-def _fused(names: list[str]) -> dict[str, list[str]]:
+def _fused(names: list[str], routed_modules: int = 0) -> dict[str, list[str]]:
     """Fused layer → all its parts, those that are not quantized too."""
     groups: dict[str, list[str]] = {}
+    routed_stacks: dict[str, dict[str, int]] = {}
     known = set(names)
     for name in names:
         parent, _, last = name.rpartition(".")
         routed = _ROUTED.match(name)
         if routed:
-            groups.setdefault(routed[1], []).append(name)
+            routed_stacks.setdefault(routed[1], {})[name] = int(routed[2])
             continue
         whole = next((whole for whole, parts in FUSED.items() if last in parts), None)
         # OPT and its kind have q, k, v under other layouts; all parts must be of one module.
         if whole is not None and f"{parent}.{whole}" not in known:
             groups[f"{parent}.{whole}"] = [f"{parent}.{part}" for part in FUSED[whole]]
+    for stack, members in routed_stacks.items():
+        found = {name.rpartition(".")[2] for name in members}
+        parts = next((each for each in _ROUTED_PARTS if found & set(each)), ())
+        count = max(routed_modules, max(members.values()) + 1)
+        groups[stack] = [*members]
+        groups[stack] += [f"{stack}.{index}.{part}" for index in range(count) for part in parts]
     return groups
 
 
@@ -274,21 +286,31 @@ def _grid(facts: Facts) -> Iterator[Finding]:
 
 
 def _judge(table: Mapping[str, Any]) -> Iterator[Finding]:
-    for engine, entry in table.items():
-        reasons = [r["reason"] for r in entry["reasons"] if r["verdict"] == "no"]
-        if not reasons:
-            continue
-        by_itself = engine == "transformers"
-        yield Finding(
-            "note" if by_itself else "warning",
-            "EPMQ-F33",
-            engine,
-            f"{engine} {entry['version']} cannot serve this export: {'; '.join(reasons)}.",
-            "Load it with GPTQModel, which gives the same kind of model."
-            if by_itself
-            else "If it shall: 4 or 8 bits, sym=True, a group size of 32, 64 or 128, and one "
-            "setting for all parts of a fused layer.",
-        )
+    """One line for all engines, or none: who asks for 3 bits knows what they are for."""
+    reasons = {
+        engine: [r["reason"] for r in entry["reasons"] if r["verdict"] == "no"]
+        for engine, entry in table.items()
+    }
+    refusing = [engine for engine in reasons if reasons[engine]]
+    if not refusing:
+        return
+    # Engines that do not take it for one reason are named together.
+    by_reason: dict[str, list[str]] = {}
+    for engine in refusing:
+        called = f"{engine} {table[engine]['version']}"
+        by_reason.setdefault("; ".join(reasons[engine]), []).append(called)
+    told = "; ".join(f"{' and '.join(names)}: {why}" for why, names in by_reason.items())
+    by_itself = refusing == ["transformers"]
+    yield Finding(
+        "note" if by_itself else "warning",
+        "EPMQ-F33",
+        ", ".join(refusing),
+        f"this export cannot be served by every engine: {told}.",
+        "Load it with GPTQModel, which gives the same kind of model."
+        if by_itself
+        else "For all of them: 4 or 8 bits, sym=True, a group size of 32, 64 or 128, and one "
+        "setting for all parts of a fused layer.",
+    )
 
 
 def max_tensor_parallel(facts: Facts, config: Mapping[str, Any]) -> int:

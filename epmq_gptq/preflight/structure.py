@@ -36,7 +36,7 @@ _RULES = (
         "error",
     ),
     _Rule("experts", ("num_local_experts", "num_experts", "n_routed_experts"), "error"),
-    _Rule("experts per token", ("num_experts_per_tok",), "error"),
+    _Rule("experts per token", ("num_experts_per_tok",), "warning"),
     _Rule("rope_theta", (), "warning"),
     _Rule("rope_scaling", (), "warning"),
     _Rule("partial_rotary_factor", (), "warning"),
@@ -53,6 +53,8 @@ _RULES = (
 # Names of one and the same function.
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu", "gelu_fast": "gelu_new"}
 _ROPE_DEFAULT = 10000.0
+_ROPE_TYPES = {"su": "longrope"}  # its name in Phi-3's first files
+_ROPE_STRETCHED = ("llama3", "yarn", "longrope")
 # Parts of a rope block that are options of their own above, or say the same twice.
 _ROPE_KEYS = {"rope_theta", "partial_rotary_factor", "type", "rope_type"}
 
@@ -79,6 +81,9 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
         found["head_dim"] = hidden // heads
     if isinstance(found["hidden_act"], str):
         found["hidden_act"] = _ACTIVATIONS.get(found["hidden_act"], found["hidden_act"])
+    # Gemma's first files say "gelu" and have always been run with the approximation.
+    if found["model_type"] == "gemma" and found["hidden_act"] == "gelu":
+        found["hidden_act"] = "gelu_new"
     if config.get("use_sliding_window") is False:
         found["sliding_window"] = None
     return found | _rope(config)
@@ -109,7 +114,12 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = block.get("rope_type", block.get("type", "default"))
     theta = block.get("rope_theta", config.get("rope_theta"))
     partial = block.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    kind = _ROPE_TYPES.get(kind, kind)
     scaling = {key: value for key, value in block.items() if key not in _ROPE_KEYS}
+    if kind in _ROPE_STRETCHED:
+        # Transformers 5 writes it into the block, before that it stood beside it or was left out.
+        names = ("original_max_position_embeddings", "max_position_embeddings")
+        scaling.setdefault(names[0], _first(config, names))
     return {
         "rope_theta": _ROPE_DEFAULT if theta is None else theta,
         "rope_scaling": None if kind == "default" else {"rope_type": kind, **scaling},

@@ -78,7 +78,9 @@ def _table(*columns: str, title: str = "") -> Table:
 
 
 def _models(result: Preflight) -> Table:
-    table = _table("model", "tensors", "dtype", "size", "misfit", "extra", "to merge", "to base")
+    table = _table(
+        "model", "tensors", "dtype", "size", "misfit", "missing", "extra", "to merge", "to base"
+    )
     for name, entry in result.models.items():
         table.add_row(
             name.strip("`"),
@@ -86,6 +88,7 @@ def _models(result: Preflight) -> Table:
             "/".join(list(entry["dtypes"])[:2]),
             human_size(entry["bytes"]),
             str(len(entry.get("misfits", ())) or "-"),
+            str(len(entry.get("missing", ())) or "-"),
             str(len(entry.get("extra", ())) or "-"),
             _ratio(result.similarity.get("to_merged"), name),
             _ratio(result.similarity.get("to_base"), name),

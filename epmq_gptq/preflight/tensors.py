@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 from ..adapters import Adapter
 from ..errors import EPMQInputError
-from ..experts import QUANTIZED_SUFFIXES, find_weight
-from ..linears import Linear, StoredWeight
+from ..linears import Linear, StoredWeight, resolve
+from ..weights import QUANTIZED_SUFFIXES, find_weight
 from .findings import Finding, counted, listed
 
 # Tables with one row per token; their rows may differ, because they are not quantized.
 _TOKEN_TABLES = re.compile(
     r"(?:embed_tokens|wte|shared|word_embeddings|embed_in|lm_head|embed_out)"
 )
+_HEAD = re.compile(r"(?:lm_head|embed_out)")
 _LAYER = re.compile(r"(.*?\.)(\d+)\.")
 # How many names of harmless tensors a warning spells out.
 _SAMPLE = 5
@@ -78,10 +79,16 @@ def check_tensors(
             adapter.bind(linears, store)
         except EPMQInputError as error:
             findings.append(Finding.from_error(error, subject=what))
-    missing = [name for name in merged if name not in store and name not in used]
+    # Two layouts of the same layers (stacked, apart) miss nothing of one another.
+    places = (resolve(linear, merged) for linear in linears)
+    linear_tensors = used | {place.tensor for place in places if place is not None}
+    missing = [name for name in merged if name not in store and name not in linear_tensors]
     extra = [name for name in store if name not in merged and name not in used]
+    if _is_tied(merged):
+        # What is said twice: a head that the embeddings are.
+        extra = [name for name in extra if not _HEAD.search(name)]
     findings += _extra_layers(linears, extra, what)
-    findings += _others(merged, store, used, extra, what)
+    findings += _others(merged, store, used, missing, extra, what)
     table = _table(store) | {
         "linears": len(linears),
         "misfits": [{"code": error.code, "subject": error.subject} for error in unfit],
@@ -108,7 +115,7 @@ def _find(store: Any, linear: Linear, adapter: Adapter | None) -> StoredWeight:
 def _quantized(store: Any, what: str) -> Finding | None:
     """F07: codes where weights should be, by name or by what the configuration says."""
     tensor = next((name for name in store if name.endswith(QUANTIZED_SUFFIXES)), None)
-    block = store.config().get("quantization_config")
+    block = _config(store).get("quantization_config")
     if tensor is None and not block:
         return None
     method = block.get("quant_method", "?") if isinstance(block, dict) else "?"
@@ -145,10 +152,33 @@ def _extra_layers(linears: list[Linear], extra: list[str], what: str) -> Iterato
         )
 
 
+def _is_tied(store: Any) -> bool:
+    return _config(store).get("tie_word_embeddings") is True
+
+
+def _config(store: Any) -> dict[str, Any]:
+    """The configuration; {} where it is not readable, which is said elsewhere."""
+    try:
+        return store.config()
+    except EPMQInputError:
+        return {}
+
+
 def _others(
-    merged: Any, store: Any, used: set[str], extra: list[str], what: str
+    merged: Any, store: Any, used: set[str], missing: list[str], extra: list[str], what: str
 ) -> Iterator[Finding]:
     """What is not quantized: it comes from the merge, so differences there stop nothing."""
+    if _is_tied(store):
+        missing = [name for name in missing if not _HEAD.search(name)]
+    if missing:
+        yield Finding(
+            "note",
+            "EPMQ-F01",
+            what,
+            f"{what}: it lacks {counted(len(missing), 'tensor')} of what is not quantized: "
+            f"{listed(missing, _SAMPLE)}.",
+            "The merge's own are used.",
+        )
     if extra:
         yield Finding(
             "warning",

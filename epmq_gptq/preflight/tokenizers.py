@@ -14,6 +14,8 @@ from .findings import Finding
 # Bytes of a tokenizer.json; the largest in use (Gemma 3) have 33 million.
 MAX_TOKENIZER_BYTES = 200_000_000
 _SAMPLE = 3
+_VOCABULARIES = ("tokenizer.json", "vocab.json")
+_OTHER_BYTES = "its tokenizer file has other bytes than the merged model's"
 # Told apart but never read: what a SentencePiece file means is in its program.
 _BINARY = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -53,27 +55,60 @@ def _pairs(vocabulary: Any) -> dict[str, int]:
     return {}
 
 
-def compare_tokenizers(merged: Path | None, other: Path | None, what: str) -> Iterator[Finding]:
-    """Warn where one token has two ids, or one of the two models does not know it.
+class Tokenizers:
+    """Compares models' tokenizers with the merged model's.
+
+    A vocabulary takes a second to read, and there may be twenty experts: the merged model's is read
+    once, and of experts whose file is the same the first one's.
 
     Args:
-        merged, other: folders; None for a model in memory, of which nothing is known.
-        what: how the findings call the other one.
+        merged: folder of the merged model; None for one in memory, of which nothing is known.
     """
-    if merged is None or other is None:
-        return
-    try:
-        if _same_file(merged, other, what):
+
+    def __init__(self, merged: Path | None):
+        self._merged = merged
+        self._mine: dict[str, int] | None = None
+        self._known: list[tuple[Path, tuple[str, bool] | None]] = []  # file -> what differs
+
+    def compare(self, other: Path | None, what: str) -> Iterator[Finding]:
+        """Warn where one token has two ids, or one of the two models does not know it.
+
+        Args:
+            other: folder; None for a model in memory.
+            what: how the findings call it.
+        """
+        if self._merged is None or other is None:
             return
-        mine = read_vocabulary(merged, "the merged model")
-        theirs = read_vocabulary(other, what)
-    except EPMQInputError as error:
-        yield Finding.from_error(error, subject=what, level="warning")
-        return
-    if mine is None or theirs is None:
-        if _same_file(merged, other, what, _BINARY) is False:
-            yield _finding(what, "its tokenizer file has other bytes than the merged model's")
-        return
+        try:
+            differing = self._differing(self._merged, other, what)
+        except EPMQInputError as error:
+            yield Finding.from_error(error, subject=what, level="warning")
+            return
+        if differing is not None:
+            yield _finding(what, *differing)
+
+    def _differing(self, merged: Path, other: Path, what: str) -> tuple[str, bool] | None:
+        if _same_file(merged, other, what):
+            return None
+        file = next((name for name in _VOCABULARIES if name in list_folder(other, what)), None)
+        if self._mine is None:
+            self._mine = read_vocabulary(merged, "the merged model")
+        if self._mine is None or file is None:
+            same = _same_file(merged, other, what, _BINARY)
+            return None if same is not False else (_OTHER_BYTES, True)
+        path = check_file(other, file, what)
+        for known, differing in self._known:
+            if filecmp.cmp(known, path, shallow=False):
+                return differing
+        differing = _differences(self._mine, read_vocabulary(other, what) or {})
+        self._known.append((path, differing))
+        return differing
+
+
+def _differences(mine: dict[str, int], theirs: dict[str, int]) -> tuple[str, bool] | None:
+    """What differs, and whether one token has two ids; None for one and the same vocabulary."""
+    if mine == theirs:
+        return None
     moved = [token for token in mine if token in theirs and mine[token] != theirs[token]]
     mine_only = sum(token not in theirs for token in mine)
     theirs_only = sum(token not in mine for token in theirs)
@@ -87,11 +122,10 @@ def compare_tokenizers(merged: Path | None, other: Path | None, what: str) -> It
         new = [token for token in theirs if token not in mine][:_SAMPLE]
         sample = ", ".join(f"{token!r} {theirs[token]}" for token in new)
         parts.append(f"{theirs_only:,} tokens are its own ({sample})")
-    if parts:
-        yield _finding(what, "; ".join(parts), bool(moved))
+    return "; ".join(parts), bool(moved)
 
 
-def _finding(what: str, cause: str, ids_differ: bool = True) -> Finding:
+def _finding(what: str, cause: str, ids_differ: bool) -> Finding:
     remedy = "The merged model's tokenizer is used; do not give rows of token ids that the expert's"
     return Finding(
         "warning",

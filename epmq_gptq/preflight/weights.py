@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..linears import Linear, StoredWeight, piece, resolve
+from ..linears import Linear, StoredWeight, resolve
+from ..weights import read_rows
 
 MERGED, BASE = "the merged model", "`base`"
 # Bytes of weights that a sample reads of each model.
@@ -26,6 +27,12 @@ class ReadsRows(Protocol):
     """What is asked of :class:`~epmq_gptq.experts.Experts` here."""
 
     names: list[str]
+
+    def store(self, name: str) -> Any:
+        """The weights of one expert; of an adapter, those of its base."""
+
+    def adapter(self, name: str) -> Any:
+        """What an adapter changes; None for a whole model."""
 
     def rows(self, name: str, module: str, start: int, stop: int) -> torch.Tensor:
         """Rows of ``W: (out, in)`` of one expert, ``(stop − start, in)`` fp32."""
@@ -65,7 +72,22 @@ class Models:
             self.bytes_read += self.price(rows)
             return self.experts.rows(name, linear.name, start, stop)
         self.bytes_read += self.price(rows)
-        return read_rows(self._stores[name], linear, start, stop)
+        store = self._stores[name]
+        return read_rows(store, resolve(linear, store), linear, start, stop)
+
+    def is_same_source(self, one: str, other: str) -> bool:
+        """Whether two models are one folder or one object, so that they are equal unread."""
+        mine, theirs = self._source(one), self._source(other)
+        return mine is not None and mine == theirs
+
+    def _source(self, name: str) -> Any:
+        if name in self._stores:
+            store = self._stores[name]
+        elif self.experts.adapter(name) is None:
+            store = self.experts.store(name)
+        else:
+            return None
+        return id(store) if store.path is None else store.path.resolve()
 
     def price(self, rows: Rows) -> int:
         """Bytes that are read for these rows of one model, by the merged model's dtype."""
@@ -126,18 +148,3 @@ def _by_rows(linear: Linear, stored: StoredWeight | None) -> bool:
     """Whether some rows of the layer can be read without the others."""
     plain = stored is not None and stored.index is None and stored.part is None
     return plain and not linear.transposed
-
-
-def read_rows(store: Any, linear: Linear, start: int, stop: int) -> torch.Tensor:
-    """Rows of ``W: (out, in)`` of one layer in a checkpoint or state dict, fp32, a copy."""
-    stored = resolve(linear, store)
-    assert stored is not None, linear.name
-    if _by_rows(linear, stored):
-        return store.read_rows(stored.tensor, start, stop).to(torch.float32, copy=True)
-    if stored.index is None:
-        W = piece(store.read(stored.tensor), stored)
-    else:
-        entry = store.read_rows(stored.tensor, stored.index, stored.index + 1)
-        W = piece(entry, StoredWeight(stored.tensor, 0, stored.part))
-    W = W.t() if linear.transposed else W
-    return W[start:stop].to(torch.float32, copy=True)

@@ -161,6 +161,12 @@ def test_a_recipe_that_merges_is_inspected_before_there_is_a_merge(recipe):
     assert "first expert stands in" in result.output
 
 
+def test_a_merge_that_a_run_would_refuse_is_an_error(recipe):
+    for merge, code in (({"method": "bogus"}, "EPMQ-O01"), ({"method": "ties"}, "EPMQ-O03")):
+        result = run(recipe(merged=None, merge=merge))
+        assert result.exit_code == 2 and code in result.output, result.output
+
+
 def test_a_quantized_or_broken_merge_is_a_finding(models, tmp_path):
     _, merged, experts = models
     bad = tmp_path / "merged"

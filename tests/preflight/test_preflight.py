@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from stores import CONFIG, average, codes, folder, linears, store, tensors
 
 from epmq_gptq.checkpoints import Checkpoint
 from epmq_gptq.errors import EPMQInputError
 from epmq_gptq.experts import Experts
+from epmq_gptq.linears import Linear
 from epmq_gptq.preflight import Finding, Preflight, preflight
 from epmq_gptq.preflight.weights import MERGED
 
@@ -135,7 +137,10 @@ def test_values_that_are_not_finite_are_found_when_all_is_read(tmp_path, verify)
     merged["model.norm.weight"][4] = -float("inf")
     result = check(tmp_path, merged=merged, a=bad, b=B, verify=verify)
     if verify != "full":
+        # A sample is no verdict, but what it has met is said.
         assert not result.errors
+        assert codes(result.warnings) == ([] if verify == "headers" else ["F08"])
+        assert result.finite == {}
         return
     assert codes(result.errors) == ["F08", "F09"]
     assert "`model.layers.1.mlp.up_proj` holds 1 NaN and 1 infinite values" in str(result.errors[0])
@@ -143,6 +148,69 @@ def test_values_that_are_not_finite_are_found_when_all_is_read(tmp_path, verify)
     assert "`model.norm.weight`" in result.errors[1].cause and "(4,)" in result.errors[1].cause
     assert result.finite["a"]["where"]["model.layers.1.mlp.up_proj"]["first"] == (3, 2)
     assert result.finite["b"] == {"tensors": 6, "nan": 0, "inf": 0, "large": 0, "where": {}}
+
+
+def test_values_that_the_run_may_meet_are_no_error(tmp_path):
+    bad = {name: tensor.clone() for name, tensor in A.items()}
+    bad["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    merged = store(average([A, B]))
+    options = dict(verify="full", on_bad_module="rtn", **OPTIONS)
+    result = preflight(merged, experts(tmp_path, a=bad, b=B), linears(), **options)
+    assert not result.errors and codes(result.warnings) == ["F08"]
+
+
+def test_a_configuration_that_is_not_readable_hides_nothing_else(tmp_path):
+    found = experts(tmp_path, a=A, b={**B, "model.layers.0.mlp.up_proj.weight": torch.ones(16, 9)})
+    (tmp_path / "a" / "config.json").write_text("{")
+    result = preflight(store(average([A, B])), found, linears(), **OPTIONS)
+    assert codes(result.errors) == ["F13", "F03"]
+    assert [error.subject for error in result.errors] == ["expert `a`", "expert `b`"]
+
+
+@pytest.mark.parametrize(
+    ("named", "used", "warned"),
+    [
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B", False),
+        ("Meta-Llama/llama-3.1-8b@main", "meta-llama/Llama-3.1-8B", False),
+        ("unsloth/llama-3-8b-bnb-4bit", "meta-llama/Llama-3.1-8B", True),
+        ("unsloth/llama-3-8b-bnb-4bit", "llama-local", False),
+        ("/home/someone/llama", "meta-llama/Llama-3.1-8B", False),
+        (None, "meta-llama/Llama-3.1-8B", False),
+    ],
+)
+def test_an_adapter_of_another_hub_model_is_one_warning(tmp_path, named, used, warned):
+    base = folder(tmp_path / "base", BASE_STATE)
+    if "/" in used:
+        # As the hub's cache has it.
+        cached = tmp_path / f"models--{used.replace('/', '--')}" / "snapshots" / ("0" * 40)
+        base = folder(cached, BASE_STATE)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    factors = {name.format("A"): torch.ones(2, 8), name.format("B"): torch.ones(8, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    options = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": named}
+    (adapter / "adapter_config.json").write_text(json.dumps(options))
+    for given in ({"base": str(base)}, {}):
+        spec = str(adapter) if given else f"{base}+{adapter}"
+        opened = Experts({"a": spec}, **given)
+        result = preflight(store(BASE_STATE), opened, linears(), **OPTIONS)
+        assert codes(result.findings) == (["F34"] if warned else [])
+        if warned:
+            (finding,) = result.warnings
+            assert finding.subject == "expert `a`"
+            assert f"`{named}`" in finding.cause and f"`{used}`" in finding.cause
+            assert str(tmp_path) not in str(finding)
+
+
+def test_routed_modules_do_not_make_the_activations_narrow(tmp_path):
+    thin = [linear for linear in linears() if "down" not in linear.name]
+    thin.append(Linear("narrow", (8, 4), ("narrow.weight",)))
+    state = {**A, "narrow.weight": torch.ones(8, 4)}
+    found = experts(tmp_path, a=(state,), b={**B, "narrow.weight": torch.zeros(8, 4)})
+    result = preflight(store(state), found, thin, tokens={"a": 100}, **(OPTIONS))
+    # Both copies of 100 tokens of hidden_size 8 in fp32.
+    assert result.estimates["memory"]["activations"] == 2 * 100 * 8 * 4
 
 
 def test_large_half_precision_values_are_a_note(tmp_path):
@@ -156,8 +224,6 @@ def test_large_half_precision_values_are_a_note(tmp_path):
 
 
 def test_a_tied_head_cannot_be_quantized(tmp_path):
-    from epmq_gptq.linears import Linear
-
     merged = {name: tensor for name, tensor in A.items() if name != "lm_head.weight"}
     head = Linear("lm_head", (20, 8), ("lm_head.weight",))
     result = preflight(

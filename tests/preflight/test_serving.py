@@ -81,8 +81,16 @@ def test_reasons_name_the_layer_and_the_rule():
 def test_only_a_no_of_an_engine_is_a_finding():
     found, _ = check_serving(Export(bits=3), llama(), CONFIG)
     assert [(f.level, f.subject) for f in found] == [("warning", "vLLM")]
-    found, _ = check_serving(Export(bits=5), llama(), CONFIG)
-    assert [f.level for f in found] == ["warning", "warning", "note"]
+    found, _ = check_serving(Export(lm_head=True), llama(), CONFIG)
+    assert [(f.level, f.subject) for f in found] == [("note", "transformers")]
+
+
+def test_all_engines_that_say_no_are_one_line():
+    (finding,), _ = check_serving(Export(bits=5), llama(), CONFIG)
+    assert (finding.level, finding.subject) == ("warning", "vLLM, SGLang, transformers")
+    # The same reason once.
+    assert finding.cause.count("it takes 2, 3, 4, 8") == 1
+    assert "SGLang 0.5 and transformers 5.19 with optimum 2.3: `model.layers.0" in finding.cause
 
 
 def test_groups_that_do_not_divide_the_inputs_are_errors():
@@ -100,6 +108,24 @@ def test_routed_modules_of_a_layer_are_one_layer_to_engines():
     ]
     assert verdicts(routed)["vLLM"] == "yes" and verdicts(routed)["transformers"] == "no"
     assert "experts" in reasons("vLLM", routed, dynamic={r".*experts\.2\.": {"bits": 8}})
+
+
+@pytest.mark.parametrize("left_out", [r"-:.*experts\.2\.", r"-:.*experts\.\d\.down_proj"])
+def test_routed_modules_that_are_left_out_are_missed_by_engines(left_out):
+    dynamic = {left_out: {}}
+    routed = [
+        Linear(f"model.layers.0.mlp.experts.{i}.{part}_proj", (256, 256), (f"{part}{i}",))
+        for i in range(4)
+        for part in ("gate", "up", "down")
+    ]
+    assert verdicts(routed)["vLLM"] == "yes"
+    # The layers that are left out are not among those that are quantized.
+    config = {**CONFIG, "num_local_experts": 5}
+    _, table = check_serving(Export(dynamic={r"-:.*experts\.4\.": {}}), routed, config)
+    assert table["vLLM"]["verdict"] == "no"
+    left = [li for li in routed if Export(dynamic=dynamic).of(li.name) is not None]
+    assert "experts" in reasons("vLLM", left, dynamic=dynamic)
+    assert verdicts(left, dynamic=dynamic)["SGLang"] == "no"
 
 
 @pytest.mark.parametrize(

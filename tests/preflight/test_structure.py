@@ -44,12 +44,13 @@ def test_what_changes_a_linear_layer_is_an_error_that_names_both_values(change):
         ({"rope_theta": 500000.0}, "rope_theta"),
         ({"rms_norm_eps": 1e-6}, "norm eps"),
         ({"sliding_window": 4096}, "sliding_window"),
+        ({"num_experts_per_tok": 1}, "experts per token"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta"),
     ],
 )
 def test_what_changes_activations_only_is_a_warning(change, word):
-    (finding,) = compared(change)
+    (finding,) = compared(change, {**CONFIG, "num_experts_per_tok": 2})
     assert finding.level == "warning" and word in finding.cause and finding.remedy
 
 
@@ -71,6 +72,23 @@ def test_spellings_of_one_setting_are_no_difference():
             "x",
         )
     )
+
+
+def test_what_transformers_5_rewrites_is_no_difference():
+    """A merge is saved anew, its experts are as their makers left them."""
+    act = {"hidden_act": "gelu", "hidden_activation": None}
+    new = {**CONFIG, "model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"}
+    assert not list(compare_configs(new, {**CONFIG, "model_type": "gemma", **act}, "x"))
+    assert list(compare_configs({**new, "model_type": "llama"}, {**CONFIG, **act}, "x"))
+    old = {**CONFIG, "max_position_embeddings": 8192, "original_max_position_embeddings": 4096}
+    factors = {"long_factor": [1.0, 2.0], "short_factor": [1.0, 1.0]}
+    old["rope_scaling"] = {"type": "su", **factors}
+    new = {k: v for k, v in old.items() if k not in ("rope_scaling", "rope_theta")}
+    block = {"rope_type": "longrope", "original_max_position_embeddings": 4096, **factors}
+    new["rope_parameters"] = {"rope_theta": 10000.0, **block}
+    assert not list(compare_configs(new, old, "x"))
+    new["rope_parameters"] = {**new["rope_parameters"], "original_max_position_embeddings": 2048}
+    assert [f.level for f in compare_configs(new, old, "x")] == ["warning"]
 
 
 def test_the_text_part_of_a_multimodal_configuration_is_compared():

@@ -5,6 +5,7 @@ import torch
 from stores import CONFIG, codes, linears, store, tensors
 
 from epmq_gptq.adapters import Adapter
+from epmq_gptq.linears import Linear, StoredWeight
 from epmq_gptq.preflight.tensors import check_tensors
 from epmq_gptq.state_dicts import StateDict
 
@@ -57,6 +58,49 @@ def test_extra_tensors_are_counted_and_ignored():
     (finding,) = checked(state).findings
     assert (finding.level, finding.code) == ("warning", "EPMQ-F02")
     assert "9 tensors" in finding.cause and "`vision.4.weight` and 4 more" in finding.cause
+
+
+def test_a_head_that_is_the_embedding_is_not_extra():
+    """A model in memory has its tied head in its state dict, a checkpoint leaves it out."""
+    tied = {**CONFIG, "tie_word_embeddings": True}
+    merged = {name: tensor for name, tensor in MERGED.items() if name != "lm_head.weight"}
+
+    def found(state, other, config):
+        return check_tensors(store(state, config=config), store(other), linears(), "x").findings
+
+    assert not found(merged, MERGED, tied)
+    assert codes(found(merged, MERGED, CONFIG)) == ["F02"]
+    headless = check_tensors(store(MERGED), store(merged, config=tied), linears(), "x")
+    assert not headless.findings and headless.table["missing"] == ["lm_head.weight"]
+
+
+def test_what_is_not_quantized_and_missing_is_a_note():
+    state = {name: tensor for name, tensor in MERGED.items() if "norm" not in name}
+    found = checked(state)
+    (finding,) = found.findings
+    assert (finding.level, finding.code) == ("note", "EPMQ-F01")
+    assert "lacks 1 tensor of what is not quantized: `model.norm.weight`" in finding.cause
+    assert found.table["missing"] == ["model.norm.weight"]
+
+
+def test_two_layouts_of_routed_modules_miss_nothing_of_one_another():
+    stack = "model.layers.0.mlp.experts"
+    layers = [
+        Linear(
+            f"{stack}.{index}.{part}",
+            (4, 8),
+            (f"{stack}.{index}.{part}.weight",),
+            (StoredWeight(f"{stack}.gate_up_proj", index, half),),
+        )
+        for index in range(2)
+        for half, part in enumerate(("gate_proj", "up_proj"))
+    ]
+    stacked = store({f"{stack}.gate_up_proj": torch.ones(2, 8, 8)})
+    apart = store({linear.tensors[0]: torch.ones(4, 8) for linear in layers})
+    for merged, other in ((stacked, apart), (apart, stacked)):
+        found = check_tensors(merged, other, layers, "x")
+        assert not found.findings
+        assert (found.table["missing"], found.table["extra"]) == ([], [])
 
 
 def test_layers_past_the_last_one_and_too_few_are_errors():

@@ -9,14 +9,20 @@ from epmq_gptq.experts import Experts
 from epmq_gptq.linears import Linear, StoredWeight
 from epmq_gptq.preflight.duplicates import check_duplicates, equal_models
 from epmq_gptq.preflight.similarity import TaskVectors, judge
-from epmq_gptq.preflight.weights import BASE, MERGED, Models, Rows, read_rows
+from epmq_gptq.preflight.weights import BASE, MERGED, Models, Rows
 
 
 class Fake:
     """Experts as state dicts."""
 
     def __init__(self, **states):
-        self.names, self.states = list(states), states
+        self.names, self.states, self.stores = list(states), states, {}
+
+    def store(self, name):
+        return self.stores.setdefault(name, store(self.states[name]))
+
+    def adapter(self, name):
+        return None
 
     def rows(self, name, module, start, stop):
         return self.states[name][f"{module}.weight"][start:stop].float()
@@ -38,14 +44,13 @@ def test_rows_are_those_of_the_layer_however_it_is_stored():
     W = torch.arange(24.0).reshape(6, 4)
     stack = torch.arange(2 * 12 * 4.0).reshape(2, 12, 4)
     state = store({"a.weight": W.half(), "b.weight": W.t().contiguous(), "c": stack})
-    assert torch.equal(read_rows(state, Linear("a", (6, 4), ("a.weight",)), 1, 3), W[1:3])
+    merged = Models(state, Fake())
+    plain = Linear("a", (6, 4), ("a.weight",))
+    assert torch.equal(merged.rows(MERGED, Rows(plain, 1, 3)), W[1:3])
     conv = Linear("b", (4, 6), ("b.weight",), transposed=True)
-    assert torch.equal(read_rows(state, conv, 2, 5), W[2:5])
+    assert torch.equal(merged.rows(MERGED, Rows(conv, 2, 5)), W[2:5])
     part = Linear("e.1.up", (6, 4), ("none",), joined=(StoredWeight("c", 1, 1),))
-    assert torch.equal(read_rows(state, part, 0, 2), stack[1, 6:8])
-    rows = read_rows(state, Linear("x", (4, 6), ("b.weight",)), 0, 4)
-    rows.zero_()
-    assert state.read("b.weight").any()
+    assert torch.equal(merged.rows(MERGED, Rows(part, 0, 2)), stack[1, 6:8])
 
 
 def test_a_sample_keeps_its_budget_and_covers_all_depths():
@@ -101,6 +106,21 @@ def test_one_differing_weight_anywhere_tells_two_models_apart(layer):
     other = {name: tensor.clone() for name, tensor in A.items()}
     other[f"model.layers.{layer}.mlp.down_proj.weight"][-1, -1] += 1e-3
     assert equal_models(models(a=A, b=other, merged=B), linears()) == []
+
+
+def test_one_folder_under_two_names_is_equal_unread(tmp_path):
+    """A whole model would be read twice over to see what its path says."""
+    same, other = (str(folder(tmp_path / name, state)) for name, state in (("a", A), ("b", B)))
+    merged = Checkpoint(same, what=MERGED)
+    experts = Experts({"a": same, "b": other, "c": same})
+    experts.bind(linears())
+    read = Models(merged, experts)
+    assert equal_models(read, linears()) == [["a", "c", MERGED]]
+    assert read.bytes_read == 2 * read.price(Rows(linears()[3], 0, 8))
+    twice = Experts({"a": other, "c": other})
+    twice.bind(linears())
+    read = Models(merged, twice)
+    assert equal_models(read, linears()) == [["a", "c"]]
 
 
 def test_an_expert_that_is_the_base_is_a_note():

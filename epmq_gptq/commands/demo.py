@@ -1,0 +1,63 @@
+"""``epmq-gptq demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import Reporter
+from ..demo.options import ALPHA as DEMO_ALPHA
+from ..errors import EPMQInputError
+from .common import Out, Overwrite, Verbose, place, print_checkpoint
+
+
+def demo(
+    out: Out = Path("demo-4bit"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny models, only to see that everything runs.")
+    ] = False,
+    bits: Annotated[int, typer.Option(help="Bits of all methods.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights per scale.")] = 32,
+    alpha: Annotated[
+        float, typer.Option(help="Strength of E-PMQ's anchor to the merge.")
+    ] = DEMO_ALPHA,
+    method: Annotated[str, typer.Option(help="Merge method.")] = "average",
+    awq: Annotated[bool, typer.Option("--awq", help="Also GPTQModel's AWQ (minutes).")] = False,
+    seed: Annotated[int, typer.Option(help="Of the models and the data.")] = 0,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train again although models are cached.")
+    ] = False,
+    overwrite: Overwrite = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train small experts, merge and quantize them, and compare the methods. Needs no network."""
+    reporter = Reporter(verbose=verbose)
+    with reporter.exit_codes():
+        out = place(out)
+        check_bits = {"bits": bits, "group_size": group_size}
+        for name, value in check_bits.items():
+            if value < 1:
+                option = f"`--{name.replace('_', '-')}`"
+                raise EPMQInputError(
+                    f"{option} should be positive, got {value}.",
+                    code="EPMQ-F33",
+                    subject=option,
+                    remedy="Leave it out for the default.",
+                )
+        from ..demo import DemoOptions, run_demo
+
+        options = DemoOptions(
+            out=out,
+            alpha=alpha,
+            awq=awq,
+            seed=seed,
+            merge_method=method,
+            quick=quick,
+            retrain=retrain,
+            overwrite=overwrite,
+            **check_bits,
+        )
+        run_demo(options, reporter.out, quiet=not verbose)
+        print_checkpoint(reporter, out)

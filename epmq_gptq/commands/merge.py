@@ -1,0 +1,77 @@
+"""``epmq-gptq merge`` and ``epmq-gptq methods``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..console import Reporter
+from ..summary import columns, human_size
+from .common import Out, Overwrite, Verbose, pairs, place, values
+
+
+def merge(
+    method: Annotated[str, typer.Option(help="Merge method; `epmq-gptq methods` lists them.")],
+    expert: Annotated[
+        list[str], typer.Option(help="name=folder or name=org/model@revision; once per expert.")
+    ],
+    out: Out,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id the experts were fine-tuned from.")
+    ] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(help="key=value, an option of the method; repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda.")] = "cpu",
+    overwrite: Overwrite = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge experts of one base into a new model."""
+    reporter = Reporter(verbose=verbose)
+    with reporter.exit_codes():
+        out = place(out)
+        experts = pairs(expert, "--expert")
+        parameters = values(param or [], "--param")
+        with reporter.quiet_host():
+            from ..pipeline import check_free, merge_with_progress
+
+            check_free(out, overwrite=overwrite)
+            result = merge_with_progress(
+                reporter,
+                method,
+                base=base,
+                experts=experts,
+                out=out,
+                parameters=parameters,
+                overwrite=overwrite,
+                device=device,
+            )
+        reporter.step("merged", f"{out}: {human_size(result.bytes)} in {result.tensors} tensors")
+
+
+def methods() -> None:
+    """List the merge methods, their papers and their parameters."""
+    reporter = Reporter()
+    with reporter.exit_codes():
+        with reporter.quiet_host():
+            from ..merging import merge_methods
+
+            known = merge_methods()
+        for name, about in known.items():
+            reporter.out.print(_method_lines(name, about), "")
+
+
+def _method_lines(name: str, about: Mapping[str, Any]) -> Table:
+    lines = [
+        (name, about["summary"]),
+        ("", f"{about['title']}, {about['reference']}"),
+        ("", "needs --base" if about["needs_base"] else "does without --base"),
+    ]
+    for parameter, option in about["parameters"].items():
+        default = json.dumps(option["default"], default=str)
+        lines.append((f"  {parameter}", f"{option['doc']} ({option['rule']}; default {default})"))
+    return columns(lines)
