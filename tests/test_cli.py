@@ -300,8 +300,12 @@ def test_numbers_that_cannot_be_trusted_leave_with_3(recipe, tmp_path, models):
     experts = {"math": "bad", "code": str(models[1]["code"])}
     result = run("quantize", recipe(experts=experts), "--out", tmp_path / "out")
     assert result.exit_code == 3, result.output
-    assert result.stderr.count("\n") == 1
-    assert "model.layers.0.mlp.down_proj" in result.stderr and "math" in result.stderr
+    # The sampled rows of the preflight happen to hold it; what stops the run is the layer itself.
+    warned, error = result.stderr.splitlines()
+    assert warned.startswith("warning: ") and error.startswith("error: ")
+    for line in (warned, error):
+        assert "model.layers.0.mlp.down_proj" in line and "math" in line
+        assert line.endswith("[EPMQ-F08]")
     assert not (tmp_path / "out").exists()
 
 
