@@ -27,8 +27,10 @@ from .config import EPMQConfig
 from .errors import EPMQHostError, EPMQInputError
 from .experts import Experts
 from .hub import parse_hub_id
+from .linears import Linear
 from .model_linears import check_architecture, check_head, quantizable_linears
 from .options import exists
+from .preflight import Preflight
 from .preflight.runs import run_preflight
 from .processor import EPMQProcessor
 from .provenance import provenance
@@ -261,21 +263,28 @@ def quantize_with_experts(
         log = _loop(model, processor, backend)
     finally:
         experts.close()
+    report = _report(processor, linears, checked, time.perf_counter() - start)
+    report.provenance = provenance(merged, config, experts, report)
+    config.meta["epmq"] = report.provenance
+    model.epmq_report = report
+    return {**log, "epmq": report}
+
+
+def _report(
+    processor: EPMQProcessor, linears: list[Linear], checked: Preflight, seconds: float
+) -> QuantizationReport:
     order = {linear.name: index for index, linear in enumerate(linears)}
-    report = QuantizationReport(
+    plan = processor.plan
+    return QuantizationReport(
         modules=sorted(processor.reports, key=lambda m: order.get(m.module, len(order))),
         rows=plan.rows,
         tokens=plan.tokens,
         calibration=plan.calibration,
         preflight=checked.to_dict(),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         shared_groups=processor.shared_groups,
         shared_layers=processor.shared_layers,
     )
-    report.provenance = provenance(merged, config, experts, report)
-    config.meta["epmq"] = report.provenance
-    model.epmq_report = report
-    return {**log, "epmq": report}
 
 
 def _plan(

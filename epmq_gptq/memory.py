@@ -90,6 +90,16 @@ def _config(model: Any) -> dict[str, Any]:
     return config.to_dict() if hasattr(config, "to_dict") else {}
 
 
+# States of PEFT's layers in which the model is not base plus adapter: what they mean, the way out.
+_NOT_AS_TRAINED = {
+    "merged": (
+        "merged into its base",
+        "Call `unmerge_adapter()`, or give `merge_and_unload()`'s model.",
+    ),
+    "disable_adapters": ("disabled", "Enable it, or give the base alone."),
+}
+
+
 def _from_peft(model: Any, what: str) -> InMemoryExpert:
     from peft import get_peft_model_state_dict
 
@@ -104,20 +114,14 @@ def _from_peft(model: Any, what: str) -> InMemoryExpert:
             subject=what,
             remedy="Keep one adapter (`delete_adapter`), or give the adapter's folder.",
         )
-    if any(getattr(module, "merged", False) is True for module in model.modules()):
-        raise EPMQInputError(
-            f"{what}: the PEFT model's adapter is merged into its base at the moment.",
-            code="EPMQ-F34",
-            subject=what,
-            remedy="Call `unmerge_adapter()`, or give `merge_and_unload()`'s model.",
-        )
-    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
-        raise EPMQInputError(
-            f"{what}: the PEFT model's adapter is disabled at the moment.",
-            code="EPMQ-F34",
-            subject=what,
-            remedy="Enable it, or give the base alone.",
-        )
+    for state, (name, remedy) in _NOT_AS_TRAINED.items():
+        if any(getattr(module, state, False) is True for module in model.modules()):
+            raise EPMQInputError(
+                f"{what}: the PEFT model's adapter is {name} at the moment.",
+                code="EPMQ-F34",
+                subject=what,
+                remedy=remedy,
+            )
     options = model.peft_config[names[0]].to_dict()
     # Without `save_embedding_layers` peft would ask the hub for the base's vocabulary.
     factors = get_peft_model_state_dict(model, adapter_name=names[0], save_embedding_layers=False)

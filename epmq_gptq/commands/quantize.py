@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,10 @@ from ..lineage import Given
 from ..summary import print_summary
 from ..targets import check_file, read_target, write_draft
 from .common import Overwrite, Verbose, pairs, place, print_checkpoint, values, write_error
+
+if TYPE_CHECKING:
+    from ..pipeline import RunResult
+    from ..recipe import Recipe
 
 
 def quantize(
@@ -98,14 +102,20 @@ def quantize(
         print_summary(reporter.out, result.report, result.rows, full=full)
         print_checkpoint(reporter, out)
         if json_report is not None:
-            report = {
-                "epmq_gptq": __version__,
-                "recipe": read.to_options(),
-                "checkpoint": out.name,
-                "cut_rows": {name: rows.cut for name, rows in result.rows.items()},
-                "report": result.report.to_dict(),
-                "host_warnings": list(reporter.host.alarms),
-            }
-            text = json.dumps(report, indent=2, default=str)
-            json_report.write_text(text + "\n", encoding="utf-8")
-            reporter.step("report", str(json_report))
+            _write_report(json_report, read, out, result, reporter)
+
+
+def _write_report(
+    file: Path, recipe: Recipe, out: Path, result: RunResult, reporter: Reporter
+) -> None:
+    """All numbers of a run, for ``--json``."""
+    report = {
+        "epmq_gptq": __version__,
+        "recipe": recipe.to_options(),
+        "checkpoint": out.name,
+        "cut_rows": {name: rows.cut for name, rows in result.rows.items()},
+        "report": result.report.to_dict(),
+        "host_warnings": list(reporter.host.alarms),
+    }
+    file.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    reporter.step("report", str(file))

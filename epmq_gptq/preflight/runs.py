@@ -18,10 +18,7 @@ def run_preflight(
     experts: Any,
     linears: Sequence[Linear],
     tokens: Mapping[str, int] | None,
-    *,
-    verify: str = "sample",
-    device: str = "cpu",
-    dtype_bytes: int | None = None,
+    **depth: Any,
 ) -> Preflight:
     """What ``quantize`` does first; it leaves ``experts`` bound to ``linears``.
 
@@ -31,7 +28,7 @@ def run_preflight(
         experts: the run's :class:`~epmq_gptq.experts.Experts`.
         linears: the layers that will be quantized, in forward order.
         tokens: calibration tokens per expert.
-        verify, device, dtype_bytes: see :func:`~epmq_gptq.preflight.preflight`.
+        depth: ``verify``, ``device`` and ``dtype_bytes`` of :func:`~epmq_gptq.preflight.preflight`.
 
     Warns:
         EPMQWarning: for every warning that was found, once each.
@@ -40,16 +37,7 @@ def run_preflight(
         EPMQInputError: the run cannot succeed; all errors of the first kind, see
             :meth:`Preflight.raise_errors`.
     """
-    result = check_run(
-        config,
-        merged,
-        experts,
-        linears,
-        tokens,
-        verify=verify,
-        device=device,
-        dtype_bytes=dtype_bytes,
-    )
+    result = check_run(config, merged, experts, linears, tokens, **depth)
     result.raise_errors()
     for finding in result.warnings:
         warnings.warn(EPMQWarning(str(finding), code=finding.code), stacklevel=3)
