@@ -1,4 +1,4 @@
-"""Token rows per expert → batches that each belong to exactly one expert.
+"""Rows per expert → batches that each belong to exactly one expert.
 
 The host sorts, concatenates and drops rows of one flat list; a row must never lose its expert, so
 every expert's rows are batched apart and the batches carry the expert's name.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import EPMQInputError
+from .inputs import Rules, folder_rules
 from .options import bad_option, is_count
-from .tokens import RowCounts, TokenCalibration, TokenRow
+from .row_forms import TEXT
+from .row_sets import read_calibration
+from .tokens import EncodedCalibration, RowCounts, TokenRow
 
 # As GPTQModel has it: how the rows of an expert are ordered before they are batched.
 SORTS = (None, "asc", "desc")
@@ -25,12 +29,14 @@ class CalibrationPlan:
     """The batches of a run, in order, and the expert each belongs to.
 
     Attributes:
-        batches: the host's batches: ``input_ids`` (int64) and ``attention_mask`` (bool), ``(B, S)``
-            each; without the mask where the model takes none.
+        batches: arguments of the model's forward: ``input_ids`` (int64) and ``attention_mask``
+            (bool), ``(B, S)`` each; without the mask where the model takes none. Of images
+            ``pixel_values: (B, C, H, W)``, of pairs the same two and their ``decoder_`` twins.
         experts: the expert of each batch.
         rows: sequences per expert.
         tokens: calibration tokens per expert, padding left out.
         counts: what became of every expert's rows.
+        positions: tokens of an image.
     """
 
     batches: list[dict[str, torch.Tensor]] = field(default_factory=list)
@@ -38,9 +44,18 @@ class CalibrationPlan:
     rows: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     counts: dict[str, RowCounts] = field(default_factory=dict)
+    positions: int = 1
 
     def __len__(self) -> int:
         return sum(self.rows.values())
+
+    @property
+    def host_batches(self) -> list[dict[str, torch.Tensor]]:
+        """:attr:`batches` for GPTQModel, which counts the tokens of ``input_ids`` in each.
+
+        Images have none; theirs are zeros, one for each position, and no model may be given them.
+        """
+        return [_with_ids(batch, self.positions) for batch in self.batches]
 
     @property
     def calibration(self) -> dict[str, dict[str, Any]]:
@@ -48,8 +63,102 @@ class CalibrationPlan:
         return {name: asdict(counts) for name, counts in self.counts.items()}
 
 
+def _with_ids(batch: dict[str, torch.Tensor], positions: int) -> dict[str, torch.Tensor]:
+    if "input_ids" in batch:
+        return batch
+    rows = len(batch["pixel_values"])
+    return batch | {"input_ids": torch.zeros((rows, positions), dtype=torch.long)}
+
+
+def plan_for_folder(
+    folder: Path,
+    calibration: Any,
+    experts: Sequence[str],
+    *,
+    batch_size: int = 1,
+    seed: int = 0,
+    base_folder: Path = Path(),
+) -> CalibrationPlan:
+    """Batches of a calibration for the model in a folder, without that model.
+
+    Args:
+        folder: of a model with its configuration and tokenizer or image processor.
+        calibration: in any form, see ``read_calibration``; or what was encoded already.
+        experts: their names.
+        batch_size: rows per batch, at most.
+        seed: of the draws.
+        base_folder: what relative paths are relative to.
+
+    Raises:
+        EPMQInputError: as of reading, encoding and batching the rows.
+    """
+    rules = folder_rules(folder)
+    if not isinstance(calibration, EncodedCalibration):
+        sets = read_calibration(
+            calibration, experts, seed=seed, folder=base_folder, form=rules.form
+        )
+        calibration = rules.encode(sets)
+    calibration.check_experts(experts)
+    return plan_inputs(calibration, rules, batch_size=batch_size)
+
+
+def plan_inputs(
+    calibration: EncodedCalibration,
+    rules: Rules,
+    *,
+    batch_size: int,
+    sort: str | None = None,
+    pad: bool = True,
+    masked: bool = True,
+) -> CalibrationPlan:
+    """Batch every expert's rows apart, of whatever form they are; see :func:`plan_calibration`.
+
+    Raises:
+        EPMQInputError: an option is out of range, or the rows are of another form than the model's.
+    """
+    if calibration.form != rules.form.name:
+        raise EPMQInputError(
+            f"`calibration` holds rows of {calibration.form}, the model reads {rules.form.name}.",
+            code="EPMQ-F32",
+            subject="`calibration`",
+            remedy="Read the rows with this model's rules.",
+        )
+    if rules.form is TEXT:
+        return plan_calibration(
+            calibration,
+            batch_size=batch_size,
+            sort=sort,
+            pad=pad,
+            masked=masked,
+            pad_id=rules.pad_id,
+            pads_left=rules.pads_left,
+        )
+    _check_batching(batch_size, sort)
+    plan = CalibrationPlan(
+        counts=dict(calibration.counts), positions=getattr(rules, "positions", 1)
+    )
+    for name, rows in calibration.rows.items():
+        if sort is not None:
+            rows = sorted(rows, key=lambda row: row.tokens, reverse=sort == "desc")
+        batches = list(rules.batches(rows, batch_size))
+        tokens = sum(count for _, count in batches)
+        # Our own arithmetic: no row is lost on the way from the counts to the model.
+        assert tokens == calibration.counts[name].tokens, name
+        plan.batches += [batch for batch, _ in batches]
+        plan.experts += [name] * len(batches)
+        plan.rows[name], plan.tokens[name] = len(rows), tokens
+    return plan
+
+
+def _check_batching(batch_size: int, sort: str | None) -> None:
+    if not is_count(batch_size):
+        raise bad_option("batch_size", "a positive integer", batch_size)
+    if sort not in SORTS:
+        raise bad_option("calibration_sort", 'None, "asc" or "desc"', sort)
+
+
 def plan_calibration(
-    calibration: TokenCalibration,
+    calibration: EncodedCalibration,
     *,
     batch_size: int,
     sort: str | None = None,
@@ -73,10 +182,7 @@ def plan_calibration(
     Raises:
         EPMQInputError: an option is out of range, or a row hides tokens where that means nothing.
     """
-    if not is_count(batch_size):
-        raise bad_option("batch_size", "a positive integer", batch_size)
-    if sort not in SORTS:
-        raise bad_option("calibration_sort", 'None, "asc" or "desc"', sort)
+    _check_batching(batch_size, sort)
     plan = CalibrationPlan(counts=dict(calibration.counts))
     for name, rows in calibration.rows.items():
         if not (pad and masked):

@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import EPMQInputError
 from .options import documented, from_mapping
-from .row_checks import KINDS
+from .row_forms import ROW_KEYS
 from .rows import DATA_FREE, JSON_LINES, PARQUET, RowSource, TaggedSource, is_data_free
 
 # What a recipe's `calibration` holds once it was checked.
@@ -115,7 +115,7 @@ def given_sources(value: Any, expert: str) -> list[RowSource]:
 def _check_options(value: Mapping, what: str, expert: str) -> None:
     """A row, a tokenizer's batch and a dataset's splits are mappings too."""
     splits = any(hasattr(each, "column_names") for each in value.values())
-    if "rows" not in value and (splits or set(KINDS) & set(value)):
+    if "rows" not in value and (splits or set(ROW_KEYS) & set(value)):
         remedy = "Give one of its splits." if splits else "Put the rows, a mapping each, in a list."
         raise EPMQInputError(
             f"{what} is a mapping of {listed(map(str, value))}, where rows should be.",
@@ -128,7 +128,7 @@ def _check_options(value: Mapping, what: str, expert: str) -> None:
 def _is_source(value: Any) -> bool:
     """Whether what is in a list says where rows are and is no row."""
     if isinstance(value, Mapping):
-        return not set(KINDS) & set(value) and bool(set(documented(RowSource)) & set(value))
+        return not set(ROW_KEYS) & set(value) and bool(set(documented(RowSource)) & set(value))
     return type(value) is RowSource or isinstance(value, Path)
 
 

@@ -21,14 +21,16 @@ from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
 from gptqmodel.utils.structure import LazyTurtle
 
-from .calibration import CalibrationPlan, plan_calibration
+from .calibration import CalibrationPlan, plan_inputs
 from .checkpoints import Checkpoint, check_folder, resolve_source
 from .config import EPMQConfig
 from .errors import EPMQHostError, EPMQInputError
 from .experts import Experts
 from .hub import parse_hub_id
+from .inputs import input_rules
 from .linears import Linear
 from .model_linears import check_architecture, check_head, quantizable_linears
+from .models import register
 from .options import exists
 from .preflight import Preflight
 from .preflight.runs import run_preflight
@@ -37,7 +39,7 @@ from .provenance import provenance
 from .report import QuantizationReport
 from .row_sets import read_calibration
 from .saving import save_whole
-from .tokens import TokenCalibration, TokenRules, encode_calibration
+from .tokens import EncodedCalibration
 from .weighting import Weighting
 
 TESTED = ((7, 6), (7, 7))  # first and last minor version of GPTQModel
@@ -128,6 +130,7 @@ def install() -> None:
     if getattr(BaseQModel._quantize_with_calibration, "_epmq", False):
         return
     probe()
+    register()
     if (os.cpu_count() or 1) <= 2:
         # There the host's own default, one worker, makes its thread pool refuse to start.
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
@@ -296,12 +299,16 @@ def _plan(
     concat_size: int | None = None,
 ) -> CalibrationPlan:
     data_free = model.quantize_config.data_free
-    rules = TokenRules.of(model)
-    if not isinstance(calibration, TokenCalibration):
+    rules = input_rules(model)
+    if not isinstance(calibration, EncodedCalibration):
         sets = read_calibration(
-            calibration, experts.names, data_free=data_free, concat_size=concat_size
+            calibration,
+            experts.names,
+            data_free=data_free,
+            concat_size=concat_size,
+            form=rules.form,
         )
-        calibration = encode_calibration(sets, rules)
+        calibration = rules.encode(sets)
     elif concat_size is not None:
         raise EPMQInputError(
             "`calibration_concat_size` came with rows that are tokens and blocks already.",
@@ -310,14 +317,13 @@ def _plan(
             remedy="Leave it out, or set `concat` and `seqlen` of the sources.",
         )
     calibration.check_experts(experts.names, data_free)
-    return plan_calibration(
+    return plan_inputs(
         calibration,
+        rules,
         batch_size=batch_size,
         sort=sort,
         pad=model.dynamic_expert_index is None,
         masked=model.support_batch_quantize,
-        pad_id=rules.pad_id,
-        pads_left=rules.pads_left,
     )
 
 

@@ -128,6 +128,8 @@ def _refusal(cause: str, subject: str, remedy: str) -> EPMQInputError:
 
 
 def _reads_more_than_text(model: BaseQModel) -> bool:
+    if hasattr(type(model), "row_form"):
+        return False  # a definition of ours, which says what it reads
     config = model.model.config
     towers = ("vision_config", "audio_config")
     return any(getattr(config, name, None) is not None for name in towers) or any(

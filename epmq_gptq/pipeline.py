@@ -20,8 +20,9 @@ from .lineage.facts import plain, published
 from .options import resolve_path
 from .places import check_free, check_places, pinned
 from .recipe import Recipe
+from .row_forms import RowForm, form_of
 from .row_sets import RowSet, read_calibration
-from .tokens import RowCounts, TokenCalibration, TokenRules, encode_calibration
+from .tokens import EncodedCalibration, RowCounts
 
 if TYPE_CHECKING:
     from .report import QuantizationReport
@@ -75,6 +76,8 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
             subject="`--batch-size`",
             remedy="Leave it out for the recipe's.",
         )
+    from .inputs import input_rules
+
     # It goes into a JSON file at the end of the run, which may be published.
     lineage = published(plain(recipe.lineage, "`lineage`"))
     with reporter.quiet_host():
@@ -91,6 +94,7 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
             data_free=recipe.data_free,
             seed=recipe.seed,
             folder=recipe.folder,
+            form=recipe_form(recipe),
         )
         reporter.step("rows", _described_rows(sets))
         config = recipe.config()
@@ -100,7 +104,7 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
         ):
             reporter.step("load", f"{merged.name} on {device}")
             model = load_merged(merged, config, recipe.dtype, device)
-            rows = encode_calibration(sets, TokenRules.of(model))
+            rows = input_rules(model).encode(sets)
             report = _quantize(model, rows, options.batch_size or recipe.batch_size, reporter)
             if lineage:
                 # What the merged folder says of itself comes first.
@@ -138,6 +142,23 @@ def _no_device(cause: str, remedy: str = "Leave it out for a GPU where there is 
     return EPMQInputError(
         f"`--device` {cause}.", code="EPMQ-O01", subject="`--device`", remedy=remedy
     )
+
+
+def recipe_form(recipe: Recipe) -> RowForm:
+    """What a calibration row is for the model of a recipe, merged already or not.
+
+    Raises:
+        EPMQInputError: there is no such model, or its configuration cannot be read.
+    """
+    from .checkpoints import Checkpoint, resolve_source
+
+    first = next(iter(recipe.experts.values()))
+    like = recipe.merged or recipe.merge.base or first
+    what = "`merged`" if recipe.merged else "the model to merge"
+    with contextlib.closing(
+        Checkpoint(resolve_source(recipe.source(like), what=what).path, what=what)
+    ) as model:
+        return form_of(model.config())
 
 
 def check_method(recipe: Recipe) -> None:
@@ -256,7 +277,7 @@ def load_merged(merged: Path, config, dtype: str | None, device: str):
 
 
 def _quantize(
-    model, rows: TokenCalibration, batch_size: int, reporter: Reporter
+    model, rows: EncodedCalibration, batch_size: int, reporter: Reporter
 ) -> QuantizationReport:
     from .model_linears import quantizable_linears
 

@@ -70,7 +70,7 @@ class EPMQProcessor(GPTQProcessor):
     ):
         super().__init__(
             calibration=plan,
-            prepare_dataset_func=lambda **_: plan.batches,
+            prepare_dataset_func=lambda **_: plan.host_batches,
             calibration_concat_size=None,
             calibration_sort=None,
             calibration_concat_separator=None,

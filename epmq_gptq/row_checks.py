@@ -1,4 +1,4 @@
-"""What a calibration row may be: a text, a chat, or token ids with or without a mask."""
+"""What a calibration row may be: a text, a chat, token ids, or a pair of texts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ class Row:
     """One checked row, not tokenised yet.
 
     Attributes:
-        kind: "text", "messages" or "input_ids".
-        value: the string, the chat messages, or the token ids.
+        kind: "text", "messages" or "input_ids"; of images: "image" or "pixel_values".
+        value: the string, the chat messages, the token ids, or the picture.
         place: where it was found, for errors.
         mask: of token ids, where some in between are hidden: 0 or 1 for each; else None.
+        target: of a pair: what the model should answer, a string or token ids; of an image: the
+            text that goes with it, or None.
     """
 
     kind: str
     value: Any
     place: str
     mask: list[int] | None = None
+    target: Any = None
 
 
 def bad_row(place: str, cause: str, subject: str, remedy: str) -> EPMQInputError:
@@ -36,7 +39,13 @@ def bad_row(place: str, cause: str, subject: str, remedy: str) -> EPMQInputError
 
 
 def row_of(
-    data: Any, place: str, subject: str, *, column: str | None = None, bare: bool = False
+    data: Any,
+    place: str,
+    subject: str,
+    *,
+    column: str | None = None,
+    target_column: str | None = None,
+    bare: bool = False,
 ) -> Row | None:
     """The row that ``data`` holds; None where it is blank.
 
@@ -44,14 +53,14 @@ def row_of(
         EPMQInputError: it holds none, or something else.
     """
     if isinstance(data, Mapping):
-        key, value = _picked(data, column, place, subject)
+        key, value = picked(data, column, KINDS, place, subject)
         mask = data.get("attention_mask")
     elif bare and column is None:
         key, value, mask = None, data, None
     else:
         cause = f"a row should be a mapping, got {type(data).__name__}"
         raise bad_row(place, cause, subject, 'Write `{"text": "…"}`.')
-    listed = _flat(value)
+    listed = flat(value)
     if value is None or listed == [] or (isinstance(value, str) and not value.strip()):
         return None
     kind = None
@@ -73,17 +82,23 @@ def row_of(
     return _masked(value, mask, place, subject) if kind == "input_ids" else Row(kind, value, place)
 
 
-def _picked(data: Mapping, column: str | None, place: str, subject: str) -> tuple[str, Any]:
-    """The key with the row, and what it holds."""
+def picked(
+    data: Mapping, column: str | None, kinds: Sequence[str], place: str, subject: str
+) -> tuple[str, Any]:
+    """The key with the row, one of ``kinds`` where no column is named, and what it holds.
+
+    Raises:
+        EPMQInputError: there is none, or more than one.
+    """
     if column is not None:
         keys = [column] if column in data else []
     else:
         # Tables fill up with None what a row does not have.
-        present = [kind for kind in KINDS if kind in data]
+        present = [kind for kind in kinds if kind in data]
         keys = [kind for kind in present if data[kind] is not None] or present[:1]
     if len(keys) == 1:
         return keys[0], data[keys[0]]
-    wanted = f"`{column}`" if column is not None else "exactly one of " + ", ".join(KINDS)
+    wanted = f"`{column}`" if column is not None else "exactly one of " + ", ".join(kinds)
     if "role" in data and "content" in data:
         remedy = 'Put the chat into a row: `{"messages": [{"role": …, "content": …}]}`.'
     else:
@@ -92,7 +107,7 @@ def _picked(data: Mapping, column: str | None, place: str, subject: str) -> tupl
     raise bad_row(place, f"should have {wanted}, it has {has}", subject, remedy)
 
 
-def _flat(value: Any) -> list[Any] | None:
+def flat(value: Any) -> list[Any] | None:
     """A list, or what an array or tensor holds; None for anything else.
 
     A tokenizer that was asked for tensors, or for a list of texts, gives one row as a batch of one.
@@ -125,7 +140,7 @@ def _is_message(item: Any) -> bool:
 def _masked(ids: list[int], mask: Any, place: str, subject: str) -> Row:
     """Hidden tokens at both ends are padding, and no part of the row."""
     if mask is not None:
-        values = _flat(mask)
+        values = flat(mask)
         if values is None or not all(
             isinstance(v, numbers.Integral) and v in (0, 1) for v in values
         ):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import EPMQInputError
 from .options import exists, resolve_path, shown
-from .row_checks import KINDS, Row, are_ids, bad_row, row_of
+from .row_checks import Row, are_ids, bad_row
+from .row_forms import TEXT, RowForm
 from .rows import JSON_LINES, OTHER_FORMATS, PARQUET, RowSource, TaggedSource, public_path
 
 
@@ -31,6 +32,9 @@ class Items:
         column: the option of the source.
         bare: whether a string or a list of ids may stand for a row.
         many: too many to be checked one by one before some are drawn; blank ones are passed over.
+        form: what a row may be.
+        target_column: the option of the source.
+        folder: what the names of pictures are relative to.
     """
 
     data: Sequence[Any]
@@ -41,6 +45,9 @@ class Items:
     column: str | None = None
     bare: bool = False
     many: bool = False
+    form: RowForm = TEXT
+    target_column: str | None = None
+    folder: Path = Path()
 
     def place(self, index: int) -> str:
         """What errors call the row with this index."""
@@ -53,27 +60,73 @@ class Items:
             EPMQInputError: it is no row.
         """
         data, place = self.data[index], self.place(index)
-        row = row_of(data, place, self.subject, column=self.column, bare=self.bare)
-        if row is None and not self.many:
-            raise bad_row(place, "the row is empty", self.subject, "Take it out.")
+        row = self.form.check(
+            data,
+            place,
+            self.subject,
+            column=self.column,
+            target_column=self.target_column,
+            bare=self.bare,
+        )
+        if row is None:
+            if not self.many:
+                raise bad_row(place, "the row is empty", self.subject, "Take it out.")
+            return None
+        if row.kind == "image" and isinstance(row.value, (str, Path)):
+            return replace(row, value=resolve_path(str(row.value), self.folder))
         return row
 
 
-def open_items(source: RowSource, what: str, subject: str, folder: Path) -> Items:
-    """What a source holds.
+def open_items(
+    source: RowSource, what: str, subject: str, folder: Path, form: RowForm = TEXT
+) -> Items:
+    """What a source holds, as rows of a form.
 
     Raises:
         EPMQInputError: it cannot be had, or is of another format.
     """
+    _check_form(source, form, what, subject)
+    items = _open(source, what, subject, folder, form)
+    beside = folder if source.file is None else resolve_path(source.file, folder).parent
+    return replace(items, form=form, target_column=source.target_column, folder=beside)
+
+
+def _check_form(source: RowSource, form: RowForm, what: str, subject: str) -> None:
+    """Refuse options that mean nothing for rows of this form."""
+    if source.is_text_file and not form.from_text:
+        raise EPMQInputError(
+            f"{what} is a text file, and this model reads {form.name}.",
+            code="EPMQ-F32",
+            subject=subject,
+            remedy="Give a .jsonl or .parquet file, a dataset, or the rows themselves.",
+        )
+    if source.concat and not form.from_text:
+        raise EPMQInputError(
+            f"{what}: `concat` joins texts, and this model reads {form.name}.",
+            code="EPMQ-O03",
+            subject="`concat`",
+            remedy="Leave it out.",
+        )
+    if source.target_column is not None and form.name != "pairs":
+        raise EPMQInputError(
+            f"{what}: `target_column` is for pairs of texts, and this model reads {form.name}.",
+            code="EPMQ-O03",
+            subject="`target_column`",
+            remedy="Leave it out.",
+        )
+
+
+def _open(source: RowSource, what: str, subject: str, folder: Path, form: RowForm) -> Items:
     if source.dataset is not None:
         data = _load_dataset(source, what, subject, folder)
-        return _table_items(source, data, what, subject)
+        return _table_items(source, data, what, subject, form)
     if source.rows is not None:
-        return _memory_items(source, what, subject)
+        return _memory_items(source, what, subject, form)
     path = resolve_path(source.file, folder)
     _check_file(source, path, what, subject)
     if source.suffix in PARQUET:
-        return Items(_parquet(source, path, what, subject), what, subject, column=source.column)
+        table = _parquet(source, path, what, subject, form)
+        return Items(table, what, subject, column=source.column)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
@@ -155,26 +208,28 @@ class _ParquetRows(Sequence):
         return self.table.slice(index, 1).to_pylist()[0]
 
 
-def _needed(source: RowSource, names: Sequence[str]) -> list[str] | None:
+def _needed(source: RowSource, names: Sequence[str], form: RowForm) -> list[str] | None:
     """The columns to read of these; None for all, where one is missing.
 
     Then the names are needed to say what there is instead. Others may hold images or anything.
     """
-    kinds = [source.column] if source.column else KINDS
+    kinds = [source.column] if source.column else form.kinds
     tag = [source.expert_column] if isinstance(source, TaggedSource) else []
     if not set(kinds) & set(names) or not set(tag) <= set(names):
         return None
-    wanted = {*kinds, *tag, "attention_mask"}
+    wanted = {*kinds, *tag, *form.others, source.target_column, "attention_mask"}
     return [name for name in names if name in wanted]
 
 
-def _parquet(source: RowSource, path: Path, what: str, subject: str) -> Sequence[Any]:
+def _parquet(
+    source: RowSource, path: Path, what: str, subject: str, form: RowForm
+) -> Sequence[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         names = pyarrow.parquet.read_schema(path).names
-        table = pyarrow.parquet.read_table(path, columns=_needed(source, names))
+        table = pyarrow.parquet.read_table(path, columns=_needed(source, names, form))
     except (pyarrow.ArrowException, OSError) as error:
         raise EPMQInputError(
             f"{what} is not readable as a Parquet file: {_reason(error)}.",
@@ -234,16 +289,16 @@ def _reason(error: Exception) -> str:
     return first.rstrip(".") or type(error).__name__
 
 
-def _table_items(source: RowSource, table: Any, what: str, subject: str) -> Items:
-    columns = _needed(source, table.column_names)
+def _table_items(source: RowSource, table: Any, what: str, subject: str, form: RowForm) -> Items:
+    columns = _needed(source, table.column_names, form)
     table = table if columns is None else table.select_columns(columns)
     return Items(table, what, subject, column=source.column, many=True)
 
 
-def _memory_items(source: RowSource, what: str, subject: str) -> Items:
+def _memory_items(source: RowSource, what: str, subject: str, form: RowForm) -> Items:
     rows = source.rows
     if _is_dataset(rows):
-        return _table_items(source, rows, what, subject)
+        return _table_items(source, rows, what, subject, form)
     remedy = _in_a_list(rows)
     if remedy is not None:
         raise EPMQInputError(

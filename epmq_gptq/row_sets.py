@@ -24,6 +24,7 @@ from .calibration_names import (
 from .errors import EPMQInputError
 from .options import bad_option, from_mapping, is_count, shown
 from .row_checks import Row, bad_row
+from .row_forms import TEXT, RowForm
 from .row_readers import Items, open_items
 from .rows import RowSource, TaggedSource
 
@@ -78,20 +79,22 @@ def read_calibration(
     seed: int = 0,
     folder: Path = Path(),
     concat_size: int | None = None,
+    form: RowForm = TEXT,
 ) -> dict[str, list[RowSet]]:
     """Read the rows of every expert; the counts asked for are the counts returned.
 
     Args:
         calibration: expert → a list of rows (strings, token ids, mappings with ``text``,
-            ``messages`` or ``input_ids``), a ``datasets.Dataset``, a file's name, the options of a
-            :class:`~epmq_gptq.rows.RowSource`, one of these or a list of them (in a list, files
-            are ``Path``: strings are rows of text); or one source for all experts, with
-            ``expert_column``. What a recipe holds is one of these forms.
+            ``messages`` or ``input_ids``; or what ``form`` says), a ``datasets.Dataset``, a
+            file's name, the options of a :class:`~epmq_gptq.rows.RowSource`, one of these or a list
+            of them (in a list, files are ``Path``: strings are rows of text); or one source for all
+            experts, with ``expert_column``. What a recipe holds is one of these.
         experts: the experts of the run.
         data_free: those of them that have no rows.
         seed: of the draws: the same seed draws the same rows, on any machine.
         folder: what relative paths are relative to.
         concat_size: join the rows of every source into blocks of so many tokens.
+        form: what a row is for the merged model, see ``row_forms.form_of``.
 
     Returns:
         Expert → its sources, in the order of ``experts``; the data-free ones are left out.
@@ -108,12 +111,12 @@ def read_calibration(
             check_data_free(name, True, name in data_free)
         named = [name for name in experts if name not in data_free]
         check_some_rows(named)
-        return _read_tagged(_in_blocks(calibration, concat_size), named, seed, folder)
+        return _read_tagged(_in_blocks(calibration, concat_size), named, seed, folder, form)
     named = experts_with_rows(calibration, experts, data_free)
     sources = {name: given_sources(calibration[name], name) for name in named}
     return {
         name: [
-            _read(_in_blocks(source, concat_size), name, seed, index, folder)
+            _read(_in_blocks(source, concat_size), name, seed, index, folder, form)
             for index, source in enumerate(each)
         ]
         for name, each in sources.items()
@@ -149,9 +152,11 @@ def _draw(source: RowSource, expert: str, seed: int, index: int = 0) -> random.R
     return random.Random(f"{seed if source.seed is None else source.seed}:{expert}:{index}")
 
 
-def _read(source: RowSource, expert: str, seed: int, index: int, folder: Path) -> RowSet:
+def _read(
+    source: RowSource, expert: str, seed: int, index: int, folder: Path, form: RowForm
+) -> RowSet:
     what = _what(source, expert)
-    items = open_items(source, what, f"expert `{expert}`", folder)
+    items = open_items(source, what, f"expert `{expert}`", folder, form)
     draw = _draw(source, expert, seed, index)
     return _chosen(source, items, range(len(items.data)), what, draw)
 
@@ -225,10 +230,10 @@ def _check_enough(what: str, wanted: int, found: int, subject: str, note: str = 
 
 
 def _read_tagged(
-    source: TaggedSource, experts: Sequence[str], seed: int, folder: Path
+    source: TaggedSource, experts: Sequence[str], seed: int, folder: Path, form: RowForm
 ) -> dict[str, list[RowSet]]:
     what = "`calibration`" if source.rows is not None else f"`calibration`: `{source.label}`"
-    items = open_items(source, what, "`calibration`", folder)
+    items = open_items(source, what, "`calibration`", folder, form)
     indices = _indices(source, items, experts, what)
     empty = [name for name in experts if not indices[name]]
     if empty:

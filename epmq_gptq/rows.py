@@ -46,7 +46,7 @@ class RowSource:
     file: str | None = option(
         None,
         doc="text file, or .jsonl or .parquet file with one `text`, `messages` or `input_ids` per "
-        "row",
+        "row (pairs: also `target` or `labels`; images: `image`, a file beside it)",
     )
     dataset: str | None = option(None, doc="instead of `file`: a name of the `datasets` library")
     rows: Any = option(None, doc="instead of both: the rows themselves")
@@ -69,6 +69,9 @@ class RowSource:
     column: str | None = option(
         None, doc="key or column with the rows; default: the one of text, messages, input_ids"
     )
+    target_column: str | None = option(
+        None, doc="of pairs: key or column with the answer; default: target, or labels"
+    )
     config: str | None = option(None, doc="configuration of the dataset")
     split: str | None = option(None, doc="split of the dataset (default train)")
     revision: str | None = option(None, doc="revision of the dataset")
@@ -85,7 +88,7 @@ class RowSource:
                 subject="`file`, `dataset`, `rows`",
                 remedy="Give the one that has the rows.",
             )
-        for name in ("file", "dataset", "column", "config", "split", "revision"):
+        for name in ("file", "dataset", "column", "target_column", "config", "split", "revision"):
             value = getattr(self, name)
             if value is not None and not is_word(value):
                 raise bad_option(name, "a non-empty string", value)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from .calibration_names import check_names
 from .errors import EPMQInputError, EPMQWarning
 from .row_checks import Row, bad_row
+from .row_forms import TEXT
 from .row_sets import RowSet
 
 
@@ -86,22 +87,33 @@ class TokenRules:
     context: int | None = None
     vocabulary: int | None = None
 
+    form = TEXT
+
     @classmethod
     def of(cls, model: Any) -> TokenRules:
         """Those of a model that GPTQModel loaded; its weights may still be on disk."""
-        config = model.model.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        context = getattr(text, "max_position_embeddings", None)
         try:
             embedding = model.model.get_input_embeddings()
         except (AttributeError, NotImplementedError):
             embedding = None
-        rows = getattr(embedding, "num_embeddings", None) or getattr(text, "vocab_size", None)
+        rows = getattr(embedding, "num_embeddings", None)
+        return cls.of_config(model.model.config, model.tokenizer, rows)
+
+    @classmethod
+    def of_config(cls, config: Any, tokenizer: Any, vocabulary: int | None = None) -> TokenRules:
+        """Those of a configuration, where the rows of the embedding are known in particular."""
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        context = getattr(text, "max_position_embeddings", None)
+        rows = vocabulary or getattr(text, "vocab_size", None)
         return cls(
-            model.tokenizer,
+            tokenizer,
             context if isinstance(context, int) and context > 0 else None,
             rows if isinstance(rows, int) and rows > 0 else None,
         )
+
+    def encode(self, sets: Mapping[str, Sequence[RowSet]]) -> EncodedCalibration:
+        """:func:`encode_calibration` by these rules."""
+        return encode_calibration(sets, self)
 
     @property
     def pads_left(self) -> bool:
@@ -124,16 +136,18 @@ class TokenRules:
 
 
 @dataclass(frozen=True)
-class TokenCalibration:
-    """Every expert's token rows: what ``model.quantize`` takes from whoever has read them already.
+class EncodedCalibration:
+    """Every expert's rows: what ``model.quantize`` takes from whoever has read them already.
 
     Attributes:
-        rows: expert → its rows and blocks.
+        rows: expert → its rows and blocks (of images and pairs: ``ImageRow``, ``PairRow``).
         counts: expert → what became of its rows.
+        form: "text", "images" or "pairs".
     """
 
-    rows: dict[str, list[TokenRow]]
+    rows: dict[str, list[Any]]
     counts: dict[str, RowCounts]
+    form: str = "text"
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -149,7 +163,9 @@ class TokenCalibration:
         check_names(self.rows, [name for name in experts if name not in data_free])
 
 
-def encode_calibration(sets: Mapping[str, Sequence[RowSet]], rules: TokenRules) -> TokenCalibration:
+def encode_calibration(
+    sets: Mapping[str, Sequence[RowSet]], rules: TokenRules
+) -> EncodedCalibration:
     """Tokenise, cut and join every expert's rows; no row meets one of another expert or source.
 
     Warns:
@@ -164,8 +180,14 @@ def encode_calibration(sets: Mapping[str, Sequence[RowSet]], rules: TokenRules) 
     for name, each in sets.items():
         parts = [(_joined if one.source.concat else _fitted)(one, rules, name) for one in each]
         rows[name] = [row for part, _ in parts for row in part]
-        counts[name] = sum((count for _, count in parts[1:]), parts[0][1])
-    return TokenCalibration(rows, counts)
+        counts[name] = counted(count for _, count in parts)
+    return EncodedCalibration(rows, counts)
+
+
+def counted(parts: Iterable[RowCounts]) -> RowCounts:
+    """What became of the rows of all of an expert's sources; there is at least one."""
+    first, *others = parts
+    return sum(others, first)
 
 
 # ---- rows as they are --------------------------------------------------------------------------
@@ -212,7 +234,7 @@ def _cut(row: TokenRow, length: int, keep_end: bool) -> TokenRow:
 def _tokenised(one: RowSet, rules: TokenRules, expert: str) -> Iterator[TokenRow]:
     for row in one.rows:
         ids = row.value if row.kind == "input_ids" else _token_ids(row, rules, expert)
-        _check_vocabulary(row, ids, rules, expert)
+        check_vocabulary(row, ids, rules, expert)
         yield TokenRow(ids, row.mask)
 
 
@@ -220,8 +242,7 @@ def _token_ids(row: Row, rules: TokenRules, expert: str) -> list[int]:
     """As GPTQModel does it: the template makes a text of a chat, and a text has special tokens."""
     tokenizer, text, subject = rules.tokenizer, row.value, f"expert `{expert}`"
     if tokenizer is None:
-        cause = "the merged model has no tokenizer to read text with"
-        raise bad_row(row.place, cause, subject, "Give token ids, or add the tokenizer to it.")
+        raise _no_tokenizer(row.place, expert)
     if row.kind == "messages":
         if getattr(tokenizer, "chat_template", None) is None:
             raise bad_row(
@@ -240,17 +261,61 @@ def _token_ids(row: Row, rules: TokenRules, expert: str) -> list[int]:
         if any(isinstance(each, (list, Mapping)) and str(each) in text for each in contents):
             cause = "the merged model's chat template takes no `content` in parts"
             raise bad_row(row.place, cause, subject, "Make each `content` one string.")
-    if re.search("[\ud800-\udfff]", text):
-        cause = "the text has half of a character in it, as after a cut inside of an emoji"
-        raise bad_row(row.place, cause, subject, "Correct the text.")
-    ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
-    if not ids:
-        cause = "the merged model's tokenizer makes no token of it"
-        raise bad_row(row.place, cause, subject, "Take it out.")
+    return _special(text, row.place, rules, expert)
+
+
+def encode_text(
+    text: str, place: str, rules: TokenRules, expert: str, *, answer: bool = False
+) -> list[int]:
+    """Tokens of a text, the tokenizer's special ones included.
+
+    Args:
+        text: of a row.
+        place: of the row, for errors.
+        rules: of the merged model.
+        expert: whose row it is.
+        answer: whether it is the target of a pair.
+
+    Raises:
+        EPMQInputError: there is no tokenizer, or it makes something of it that the model cannot
+            read.
+    """
+    if rules.tokenizer is None:
+        raise _no_tokenizer(place, expert)
+    ids = _special(text, place, rules, expert, answer=answer)
+    check_vocabulary(Row("text", text, place), ids, rules, expert)
     return ids
 
 
-def _check_vocabulary(row: Row, ids: list[int], rules: TokenRules, expert: str) -> None:
+def _no_tokenizer(place: str, expert: str) -> EPMQInputError:
+    cause = "the merged model has no tokenizer to read text with"
+    remedy = "Give token ids, or add the tokenizer to it."
+    return bad_row(place, cause, f"expert `{expert}`", remedy)
+
+
+def _special(
+    text: str, place: str, rules: TokenRules, expert: str, *, answer: bool = False
+) -> list[int]:
+    subject = f"expert `{expert}`"
+    if re.search("[\ud800-\udfff]", text):
+        cause = "the text has half of a character in it, as after a cut inside of an emoji"
+        raise bad_row(place, cause, subject, "Correct the text.")
+    if answer:
+        ids = rules.tokenizer(text_target=text, add_special_tokens=True)["input_ids"]
+    else:
+        ids = rules.tokenizer(text, add_special_tokens=True)["input_ids"]
+    if not ids:
+        cause = "the merged model's tokenizer makes no token of it"
+        raise bad_row(place, cause, subject, "Take it out.")
+    return list(ids)
+
+
+def check_vocabulary(row: Row, ids: list[int], rules: TokenRules, expert: str) -> None:
+    """Refuse tokens that the model has no embedding of.
+
+    Raises:
+        EPMQInputError: naming the token; of a text, the tokenizer is to blame.
+    """
     if rules.vocabulary is None or max(ids) < rules.vocabulary:
         return
     if row.kind == "input_ids":

@@ -68,6 +68,7 @@ class Subject:
             )
 
         def read() -> Mapping[str, Any]:
+            from ..pipeline import recipe_form
             from ..row_sets import read_calibration
 
             return read_calibration(
@@ -76,6 +77,7 @@ class Subject:
                 data_free=recipe.data_free,
                 seed=recipe.seed,
                 folder=recipe.folder,
+                form=recipe_form(recipe),
             )
 
         return cls(
@@ -236,9 +238,9 @@ def _compare(
     attempt: _Attempts,
 ) -> Preflight:
     from ..checkpoints import Checkpoint
+    from ..inputs import input_rules
     from ..model_linears import check_architecture, quantizable_linears
     from ..pipeline import load_merged
-    from ..tokens import TokenRules, encode_calibration
     from .runs import check_run
 
     model = attempt(lambda: load_merged(folder, config, dtype, device))
@@ -249,7 +251,7 @@ def _compare(
         return Preflight(verify=verify)
     tokens = None
     if rows is not None:
-        encoded = attempt(lambda: encode_calibration(rows, TokenRules.of(model)))
+        encoded = attempt(lambda: input_rules(model).encode(rows))
         tokens = None if encoded is None else encoded.tokens
     merged = Checkpoint(folder, what="the merged model")
     used = next(model.model.parameters()).dtype.itemsize
