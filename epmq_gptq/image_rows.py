@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .errors import EPMQInputError
@@ -196,7 +197,7 @@ def _opened(row: Row, subject: str) -> Any:
         elif isinstance(value, Path):
             value = Image.open(value)
         elif not isinstance(value, Image.Image):
-            array = torch.as_tensor(value).cpu().numpy()
+            array = value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
             value = Image.fromarray(array[..., 0] if array.shape[-1:] == (1,) else array)
         return value.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..linears import Linear
+from ..row_forms import IMAGES, TEXT, RowForm, form_of
 from .findings import Finding, listed
 from .structure import normalised
 
@@ -74,6 +75,7 @@ class Facts(NamedTuple):
         linears: the layers that are quantized.
         uneven: fused or routed layers whose parts are quantized differently.
         unseen: fused layers for whose own name `dynamic` gives other settings than for the parts.
+        model_type: of the model's configuration.
     """
 
     export: Export
@@ -81,6 +83,7 @@ class Facts(NamedTuple):
     linears: list[Linear]
     uneven: list[str]
     unseen: list[str]
+    model_type: str = ""
 
 
 class Rule(NamedTuple):
@@ -171,14 +174,35 @@ def _no_routed(facts: Facts) -> str | None:
     return None
 
 
+def _of_type(model_type: str, reason: str) -> Callable[[Facts], str | None]:
+    return lambda facts: reason if facts.model_type == model_type else None
+
+
+def _no_images(facts: Facts) -> str | None:
+    if form_of({"model_type": facts.model_type}) is not IMAGES:
+        return None
+    return "it takes GPTQ models of pure text only"
+
+
 def _torch_kernel(facts: Facts) -> str | None:
     slow = [f"{s.bits} bits" for s in facts.settings if s.bits not in (2, 4, 8)]
     return f"{slow[0]}: the torch kernel only, which is slow" if slow else None
 
 
 _VLLM = "vllm/model_executor/layers/quantization/"
+_VLLM_MODELS = "vllm/model_executor/models/registry.py"
+_NO_T5 = "it has no T5"
+_NO_TOWER = "it has no vision tower by itself"
+_UNTRIED = "it has CLIP, but nobody has tried it with quantized layers"
 _SGLANG = "sglang/srt/layers/quantization/gptq/gptq.py "
 RULES = (
+    Rule("vLLM", "no", _VLLM_MODELS, _of_type("t5", _NO_T5)),
+    Rule("vLLM", "no", _VLLM_MODELS, _of_type("clip_vision_model", _NO_TOWER)),
+    Rule("vLLM", "limited", _VLLM_MODELS, _of_type("clip", _UNTRIED)),
+    Rule("SGLang", "no", "sglang/srt/models/registry.py", _of_type("t5", _NO_T5)),
+    Rule("SGLang", "no", "sglang/srt/models/", _of_type("clip_vision_model", _NO_TOWER)),
+    Rule("SGLang", "limited", "sglang/srt/models/clip.py", _of_type("clip", _UNTRIED)),
+    Rule("transformers", "no", "transformers/quantizers/quantizer_gptq.py", _no_images),
     Rule("vLLM", "no", _VLLM + "auto_gptq.py TYPE_MAP", _bits_in((4, 8), sym=True)),
     Rule("vLLM", "no", _VLLM + "utils/marlin_utils.py group sizes", _groups_in(MARLIN_GROUPS)),
     Rule("vLLM", "no", _VLLM + "utils/gptq_utils.py is_layer_gptq_quantized", _even),
@@ -210,6 +234,7 @@ def check_serving(
     """
     routed_modules = normalised(config)["experts"]
     facts = _facts(export, list(linears), routed_modules if isinstance(routed_modules, int) else 0)
+    facts = facts._replace(model_type=str(config.get("model_type", "")))
     table = {}
     for engine, version in ENGINES.items():
         broken = [(r, r.broken(facts)) for r in RULES if r.engine == engine]
@@ -222,7 +247,7 @@ def check_serving(
         verdict = "no" if "no" in verdicts else "limited" if verdicts else "yes"
         table[engine] = {"version": version, "verdict": verdict, "reasons": reasons}
     table["vLLM"]["max_tensor_parallel"] = max_tensor_parallel(facts, config)
-    return [*_grid(facts), *_judge(table)], table
+    return [*_grid(facts), *_judge(table, form_of(config))], table
 
 
 def _facts(export: Export, linears: list[Linear], routed_modules: int) -> Facts:
@@ -285,7 +310,7 @@ def _grid(facts: Facts) -> Iterator[Finding]:
             )
 
 
-def _judge(table: Mapping[str, Any]) -> Iterator[Finding]:
+def _judge(table: Mapping[str, Any], form: RowForm) -> Iterator[Finding]:
     """One line for all engines, or none: who asks for 3 bits knows what they are for."""
     reasons = {
         engine: [r["reason"] for r in entry["reasons"] if r["verdict"] == "no"]
@@ -300,7 +325,8 @@ def _judge(table: Mapping[str, Any]) -> Iterator[Finding]:
         called = f"{engine} {table[engine]['version']}"
         by_reason.setdefault("; ".join(reasons[engine]), []).append(called)
     told = "; ".join(f"{' and '.join(names)}: {why}" for why, names in by_reason.items())
-    by_itself = refusing == ["transformers"]
+    # Nothing that the user could set would change it.
+    by_itself = refusing == ["transformers"] or form is not TEXT
     yield Finding(
         "note" if by_itself else "warning",
         "EPMQ-F33",

@@ -85,6 +85,22 @@ def test_only_a_no_of_an_engine_is_a_finding():
     assert [(f.level, f.subject) for f in found] == [("note", "transformers")]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("llama", "yes yes yes yes"),
+        ("clip_vision_model", "no no no yes"),
+        ("clip", "limited limited no yes"),
+        ("t5", "no no yes yes"),
+    ],
+)
+def test_what_the_model_is_decides_before_its_bits(model_type, expected):
+    found, table = check_serving(Export(), llama(), CONFIG | {"model_type": model_type})
+    assert " ".join(entry["verdict"] for entry in table.values()) == expected
+    # No setting would change it, so nobody is warned.
+    assert [f.level for f in found] == (["note"] if "no" in expected else [])
+
+
 def test_all_engines_that_say_no_are_one_line():
     (finding,), _ = check_serving(Export(bits=5), llama(), CONFIG)
     assert (finding.level, finding.subject) == ("warning", "vLLM, SGLang, transformers")
