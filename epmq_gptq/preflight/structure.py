@@ -27,8 +27,13 @@ _RULES = (
     _Rule("num_hidden_layers", ("num_hidden_layers", "n_layer", "num_layers"), "error"),
     _Rule("num_attention_heads", ("num_attention_heads", "n_head", "num_heads"), "error"),
     _Rule("num_key_value_heads", ("num_key_value_heads",), "error"),
-    _Rule("head_dim", ("head_dim",), "error"),
-    _Rule("intermediate_size", ("intermediate_size", "ffn_dim", "n_inner"), "error"),
+    _Rule("head_dim", ("head_dim", "d_kv"), "error"),
+    _Rule("intermediate_size", ("intermediate_size", "ffn_dim", "n_inner", "d_ff"), "error"),
+    _Rule("num_decoder_layers", ("num_decoder_layers",), "error"),
+    _Rule("patch_size", ("patch_size",), "error"),
+    _Rule("image_size", ("image_size",), "warning"),
+    _Rule("relative_attention_num_buckets", ("relative_attention_num_buckets",), "warning"),
+    _Rule("relative_attention_max_distance", ("relative_attention_max_distance",), "warning"),
     _Rule("moe_intermediate_size", ("moe_intermediate_size",), "error"),
     _Rule(
         "hidden_act",
@@ -71,7 +76,7 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     What old files leave out gets the value it had: key-value heads as many as heads, a head as
     wide as hidden_size/heads, theta 10000.
     """
-    config = _text_part(config)
+    config = _own_part(config)
     found = {rule.name: _first(config, rule.spellings) for rule in _RULES}
     found["model_type"] = str(found["model_type"] or "").removesuffix("_text") or None
     heads, hidden = found["num_attention_heads"], found["hidden_size"]
@@ -89,7 +94,11 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     return found | _rope(config)
 
 
-def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _own_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    vision = config.get("vision_config")
+    if config.get("model_type") == "clip" and isinstance(vision, Mapping):
+        # What is quantized is its vision tower, which is also saved as a model of its own.
+        return {**vision, "model_type": "clip_vision_model"}
     for name in _NESTED:
         if isinstance(config.get(name), Mapping):
             return {**config, **config[name]}
@@ -154,7 +163,7 @@ def compare_configs(
             yield Finding(
                 level, "EPMQ-F04", what, f"{what}: {'; '.join(differing)}.", _REMEDY[level]
             )
-    yield from _compare_heads(_text_part(merged), _text_part(other), what)
+    yield from _compare_heads(_own_part(merged), _own_part(other), what)
 
 
 def _differs(name: str, mine: Any, theirs: Any) -> bool:

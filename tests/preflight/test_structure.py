@@ -110,3 +110,26 @@ def test_rope_blocks_per_layer_kind_and_strange_values_do_not_break():
     for value in (None, [], "8", -1, {"a": 1}, True):
         for key in (*CONFIG, "rope_scaling", "rope_parameters", "text_config"):
             compared({key: value})
+
+
+def test_clips_vision_tower_is_compared_wherever_it_is_saved():
+    tower = {"model_type": "clip_vision_model", "hidden_size": 64, "patch_size": 8}
+    whole = {
+        "model_type": "clip",
+        "text_config": {"hidden_size": 32, "model_type": "clip_text_model"},
+        "vision_config": tower,
+    }
+    assert not list(compare_configs(tower, whole, "expert `a`"))
+    other = {**whole, "vision_config": {**tower, "patch_size": 16}}
+    (found,) = compare_configs(tower, other, "expert `a`")
+    assert found.level == "error" and "`patch_size` is 16, the merged model has 8" in found.cause
+
+
+def test_t5s_own_names_are_compared():
+    mine = {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4}
+    for name, value in (("d_kv", 8), ("d_ff", 64), ("d_model", 32), ("num_heads", 2)):
+        (found,) = compare_configs(mine, mine | {name: value}, "expert `a`")
+        assert found.level == "error" and str(value) in found.cause, name
+    longer = mine | {"relative_attention_max_distance": 64}
+    (found,) = compare_configs(mine | {"relative_attention_max_distance": 128}, longer, "base")
+    assert found.level == "warning"
