@@ -76,8 +76,6 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
             subject="`--batch-size`",
             remedy="Leave it out for the recipe's.",
         )
-    from .inputs import input_rules
-
     # It goes into a JSON file at the end of the run, which may be published.
     lineage = published(plain(recipe.lineage, "`lineage`"))
     with reporter.quiet_host():
@@ -104,7 +102,7 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
         ):
             reporter.step("load", f"{merged.name} on {device}")
             model = load_merged(merged, config, recipe.dtype, device)
-            rows = input_rules(model).encode(sets)
+            rows = _encoded(model, sets)
             report = _quantize(model, rows, options.batch_size or recipe.batch_size, reporter)
             if lineage:
                 # What the merged folder says of itself comes first.
@@ -274,6 +272,13 @@ def load_merged(merged: Path, config, dtype: str | None, device: str):
             subject=f"`{merged.name}`",
             remedy="Its documentation lists the architectures and options that it supports.",
         ) from error
+
+
+def _encoded(model, sets: Mapping[str, list[RowSet]]) -> EncodedCalibration:
+    """The rows of every expert as the loaded model takes them."""
+    from .inputs import input_rules
+
+    return input_rules(model).encode(sets)
 
 
 def _quantize(
