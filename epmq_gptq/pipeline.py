@@ -193,7 +193,7 @@ def _merged_folder(
         return
     if recipe.merge.keep is not None:
         place = recipe.place(recipe.merge.keep)
-        run_merge(recipe, place, device, reporter)
+        run_merge(recipe, place, device, reporter, options.batch_size)
         yield place
         return
     missing = [place for place in out.parents if not place.exists()]
@@ -203,7 +203,7 @@ def _merged_folder(
     try:
         # Its last part is what the provenance publishes.
         place = scratch / "merged"
-        run_merge(recipe, place, device, reporter)
+        run_merge(recipe, place, device, reporter, options.batch_size)
         yield place
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -212,9 +212,24 @@ def _merged_folder(
                 place.rmdir()
 
 
-def run_merge(recipe: Recipe, place: Path, device: str, reporter: Reporter) -> None:
-    """Merge the recipe's experts into ``place``."""
+def run_merge(
+    recipe: Recipe, place: Path, device: str, reporter: Reporter, batch_size: int | None = None
+) -> None:
+    """Merge the recipe's experts into ``place``; ``batch_size`` is in place of the recipe's.
+
+    A method that takes calibration is given the recipe's: the same draw of the same rows.
+    """
+    from .merging import merge_methods
+
     step = recipe.merge
+    rows = {}
+    if merge_methods()[step.method]["needs_calibration"]:
+        rows = {
+            "calibration": recipe.calibration,
+            "batch_size": batch_size or recipe.batch_size,
+            "seed": recipe.seed,
+            "base_folder": recipe.folder,
+        }
     merge_with_progress(
         reporter,
         step.method,
@@ -223,6 +238,7 @@ def run_merge(recipe: Recipe, place: Path, device: str, reporter: Reporter) -> N
         out=place,
         parameters=dict(step.parameters),
         device=device,
+        **rows,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,6 +12,9 @@ from rich.table import Table
 from ..console import Reporter
 from ..summary import columns, human_size
 from .common import Out, Overwrite, Verbose, pairs, place, values
+
+if TYPE_CHECKING:
+    from ..calibration_names import CalibrationBlock
 
 
 def merge(
@@ -26,6 +29,16 @@ def merge(
     param: Annotated[
         list[str] | None, typer.Option(help="key=value, an option of the method; repeatable.")
     ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a method that needs calibration: name=SPEC per expert, SPEC being a file or "
+            "what a recipe has there ('{dataset: org/x, samples: 256}'); or one YAML file with all "
+            "of a recipe's block, or that block itself."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Calibration rows per forward pass.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the drawing of calibration rows.")] = 0,
     device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda.")] = "cpu",
     overwrite: Overwrite = False,
     verbose: Verbose = False,
@@ -40,6 +53,7 @@ def merge(
             from ..pipeline import check_free, merge_with_progress
 
             check_free(out, overwrite=overwrite)
+            rows = _rows(calibration, list(experts))
             result = merge_with_progress(
                 reporter,
                 method,
@@ -49,8 +63,21 @@ def merge(
                 parameters=parameters,
                 overwrite=overwrite,
                 device=device,
+                calibration=rows,
+                batch_size=batch_size,
+                seed=seed,
             )
         reporter.step("merged", f"{out}: {human_size(result.bytes)} in {result.tensors} tensors")
+
+
+def _rows(calibration: list[str] | None, experts: list[str]) -> CalibrationBlock | None:
+    """What ``--calibration`` says, in the form that a recipe holds."""
+    from ..calibration_names import recipe_calibration
+    from ..lineage.sources import parse_calibration
+
+    if not calibration:
+        return None
+    return recipe_calibration(parse_calibration(calibration, experts), experts)
 
 
 def methods() -> None:
@@ -70,6 +97,7 @@ def _method_lines(name: str, about: Mapping[str, Any]) -> Table:
         (name, about["summary"]),
         ("", f"{about['title']}, {about['reference']}"),
         ("", "needs --base" if about["needs_base"] else "does without --base"),
+        *([("", "needs --calibration")] if about["needs_calibration"] else []),
     ]
     for parameter, option in about["parameters"].items():
         default = json.dumps(option["default"], default=str)

@@ -84,7 +84,7 @@ def check_merge(
             "task vectors to it, got none.",
             code="EPMQ-O03",
             subject="`base`",
-            remedy="Name it; only `average` needs no base.",
+            remedy="Name it; `epmq-gptq methods` says which methods need no base.",
         )
     built.check_experts(experts)
     return built
@@ -110,10 +110,19 @@ def merge_state_dicts(
 
     Raises:
         EPMQInputError: unknown method or option, no experts, a missing base, or models whose
-            tensors do not match.
+            tensors do not match; or a method that runs the models on calibration rows, for which
+            state dicts do not suffice.
         EPMQNumericalError: NaN or Inf in a tensor.
     """
     built = check_merge(method, parameters, base_sd is not None, list(expert_sds))
+    if built.needs_calibration:
+        raise EPMQInputError(
+            f"`method` should be one that looks at weights only, got {method!r}: it runs the "
+            "models on calibration rows, and a state dict does not say what model it is of.",
+            code="EPMQ-O03",
+            subject="`method`",
+            remedy="Save the models and use `epmq_gptq.merging.merge`.",
+        )
     reference = next(iter(expert_sds.values())) if base_sd is None else base_sd
     header = _header(reference)
     what = "the first expert" if base_sd is None else "the base"

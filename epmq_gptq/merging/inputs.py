@@ -37,9 +37,13 @@ class Inputs:
             name,
             self.base[0].read(name) if self.base and with_base else None,
             {label: checkpoint.read(name) for label, (checkpoint, _) in self.experts.items()},
-            DTYPES[self.reference.info(name).dtype],
+            self.stack_dtype(name),
             device,
         )
+
+    def stack_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a merged tensor."""
+        return DTYPES[self.reference.info(name).dtype]
 
 
 def open_inputs(

@@ -42,6 +42,7 @@ class MergeMethod:
         title: of the paper.
         reference_url: of the paper.
         needs_base: whether theta_0 enters the formula.
+        needs_calibration: whether it runs rows of the experts through their layers.
         passes: how often every tensor of every model is read, the merge itself included.
 
     Raises:
@@ -52,6 +53,7 @@ class MergeMethod:
     title: ClassVar[str]
     reference_url: ClassVar[str]
     needs_base: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = False
     passes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,8 +25,13 @@ def build_record(
     tensors: int,
     device: torch.device,
     tick: Callable[[str], None],
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What was merged and how, in words that may be published: no path of this machine."""
+    """What was merged and how, in words that may be published: no path of this machine.
+
+    Args:
+        calibration: rows and tokens of every expert, and which layers they decided upon.
+    """
 
     def describe(checkpoint: Checkpoint, source: Source) -> dict[str, Any]:
         digest = checkpoint.digest()
@@ -43,6 +48,7 @@ def build_record(
         "reference": method.reference_url,
         "base": describe(*inputs.base) if inputs.base else None,
         "experts": {name: describe(*pair) for name, pair in inputs.experts.items()},
+        **({"calibration": dict(calibration)} if calibration else {}),
         "tensors": tensors,
         "device": device.type,
         "epmq_gptq": __version__,

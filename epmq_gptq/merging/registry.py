@@ -9,13 +9,16 @@ from typing import Any
 from ..errors import EPMQInputError
 from .average import Average
 from .method import MergeMethod
+from .regmean import RegMean
+from .regmean_plusplus import RegMeanPlusPlus
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
 from .ties_per_tensor import TiesPerTensor
 from .wudi import Wudi
 
 METHODS: dict[str, type[MergeMethod]] = {
-    method.name: method for method in (Average, TaskArithmetic, Ties, TiesPerTensor, Wudi)
+    method.name: method
+    for method in (Average, TaskArithmetic, Ties, TiesPerTensor, Wudi, RegMean, RegMeanPlusPlus)
 }
 
 
@@ -23,8 +26,9 @@ def merge_methods() -> dict[str, dict[str, Any]]:
     """Every method as plain data, for a CLI or a page of documentation.
 
     Returns:
-        name → ``summary``, ``title`` and ``reference`` of the paper, ``needs_base``, ``passes``
-        (how often all models are read) and ``parameters``: option → ``default``, ``rule``, ``doc``.
+        name → ``summary``, ``title`` and ``reference`` of the paper, ``needs_base``,
+        ``needs_calibration``, ``passes`` (how often all models are read, calibration left out) and
+        ``parameters``: option → ``default``, ``rule``, ``doc``.
     """
     return {
         name: {
@@ -32,6 +36,7 @@ def merge_methods() -> dict[str, dict[str, Any]]:
             "title": method.title,
             "reference": method.reference_url,
             "needs_base": method.needs_base,
+            "needs_calibration": method.needs_calibration,
             "passes": method.passes,
             "parameters": {
                 entry.name: {

@@ -234,7 +234,8 @@ def test_a_disk_that_runs_full_on_the_way(tmp_path, folders, monkeypatch):
 
 def test_methods_are_described():
     methods = merge_methods()
-    assert list(methods) == ["average", "task_arithmetic", "ties", "ties_per_tensor", "wudi"]
+    by_weights = ["average", "task_arithmetic", "ties", "ties_per_tensor", "wudi"]
+    assert list(methods) == [*by_weights, "regmean", "regmean_plusplus"]
     for about in methods.values():
         assert about["summary"].endswith(".") and about["title"]
         assert about["reference"].startswith("https://arxiv.org/abs/")

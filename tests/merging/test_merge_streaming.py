@@ -14,7 +14,7 @@ from epmq_gptq.merging import RECORD_NAME, merge, merge_methods, merge_state_dic
 from epmq_gptq.merging.shards import Entry, ShardWriter
 
 PARAMETERS = {"wudi": {"iterations": 3}, "ties_per_tensor": {"density": 0.4}}
-METHODS = sorted(merge_methods())
+METHODS = sorted(name for name, about in merge_methods().items() if not about["needs_calibration"])
 
 
 def _listing(root):
