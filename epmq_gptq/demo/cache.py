@@ -95,7 +95,7 @@ def trained_models(
             parameters = train(plan, fresh, progress)
             facts = {"seconds": time.perf_counter() - start, "parameters": parameters}
             (fresh / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-            _publish(fresh, place, Path(temporary) / "replaced", replace=retrain)
+            publish(fresh, place, Path(temporary) / "replaced", replace=retrain)
     facts = json.loads((place / "facts.json").read_text(encoding="utf-8"))
     return Models(
         base=place / "base",
@@ -106,7 +106,8 @@ def trained_models(
     )
 
 
-def _publish(fresh: Path, place: Path, replaced: Path, *, replace: bool) -> None:
+def publish(fresh: Path, place: Path, replaced: Path, *, replace: bool) -> None:
+    """Move what is complete to its place; of two processes at once the first one's stays."""
     # Renaming a folder onto a non-empty one fails: that is how the loser of a race finds out.
     if replace and place.is_dir():
         os.replace(place, replaced)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from .. import EPMQConfig
 from ..errors import EPMQInputError
-from ..merging import check_merge, merge
+from ..merging import check_merge, merge, merge_methods
 from ..output import check_output
 from .cache import Models, cache_folder, trained_models
 from .domains import ANSWER_TOKENS, DOMAINS, PROMPTS
@@ -77,7 +77,7 @@ class Demo:
             data = {split: self.rows(models, split) for split in ("calibration", "evaluation")}
             self.pad_id = models.tokenizer().pad_token_id
             self.evaluation = data["evaluation"]
-            merged = self.merge(models, scratch / "merged")
+            merged = self.merge(models, data["calibration"], scratch / "merged")
             self.score_unquantized(models, merged)
             methods = ["RTN", "GPTQ", *(["AWQ"] if self.options.awq else []), "E-PMQ"]
             for method in methods:
@@ -131,14 +131,18 @@ class Demo:
             for name in DOMAINS
         }
 
-    def merge(self, models: Models, out: Path) -> Path:
+    def merge(self, models: Models, rows: dict[str, list[Row]], out: Path) -> Path:
+        method = self.options.merge_method
+        needs_rows = merge_methods()[method]["needs_calibration"]
+        ids = {name: [list(row.ids) for row in each] for name, each in rows.items()}
         with self.stage("merge"):
             merge(
-                self.options.merge_method,
+                method,
                 base=models.base,
                 experts=models.experts,
                 out=out,
                 parameters=dict(self.options.merge_parameters),
+                calibration=ids if needs_rows else None,
             )
         return out
 
