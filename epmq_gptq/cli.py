@@ -12,6 +12,7 @@ import typer
 
 from . import __version__
 from .commands.demo import demo
+from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.merge import merge, methods
 from .commands.quantize import quantize
@@ -50,7 +51,7 @@ def _root(
 
 
 app.command(epilog=_RECIPE_HELP)(quantize)
-for _command in (merge, inspect, methods, demo):
+for _command in (merge, inspect, evaluate, methods, demo):
     app.command()(_command)
 
 

@@ -301,7 +301,8 @@ def _special(
         cause = "the text has half of a character in it, as after a cut inside of an emoji"
         raise bad_row(place, cause, subject, "Correct the text.")
     if answer:
-        ids = rules.tokenizer(text_target=text, add_special_tokens=True)["input_ids"]
+        # GPTQModel's wrapper of a tokenizer wants a first argument.
+        ids = rules.tokenizer(None, text_target=text, add_special_tokens=True)["input_ids"]
     else:
         ids = rules.tokenizer(text, add_special_tokens=True)["input_ids"]
     if not ids:

@@ -1,0 +1,1 @@
+"""The quality tables: what is measured (plan), how (cells, pool), and how it is shown (tables)."""
