@@ -192,6 +192,7 @@ def _torch_kernel(facts: Facts) -> str | None:
 _VLLM = "vllm/model_executor/layers/quantization/"
 _VLLM_MODELS = "vllm/model_executor/models/registry.py"
 _NO_T5 = "it has no T5"
+_T5_INIT = "its T5 initialises weights that packed layers do not have (docs/t5.md has a way)"
 _NO_TOWER = "it has no vision tower by itself"
 _UNTRIED = "it has CLIP, but nobody has tried it with quantized layers"
 _SGLANG = "sglang/srt/layers/quantization/gptq/gptq.py "
@@ -203,6 +204,7 @@ RULES = (
     Rule("SGLang", "no", "sglang/srt/models/", _of_type("clip_vision_model", _NO_TOWER)),
     Rule("SGLang", "limited", "sglang/srt/models/clip.py", _of_type("clip", _UNTRIED)),
     Rule("transformers", "no", "transformers/quantizers/quantizer_gptq.py", _no_images),
+    Rule("transformers", "no", "transformers/models/t5/modeling_t5.py", _of_type("t5", _T5_INIT)),
     Rule("vLLM", "no", _VLLM + "auto_gptq.py TYPE_MAP", _bits_in((4, 8), sym=True)),
     Rule("vLLM", "no", _VLLM + "utils/marlin_utils.py group sizes", _groups_in(MARLIN_GROUPS)),
     Rule("vLLM", "no", _VLLM + "utils/gptq_utils.py is_layer_gptq_quantized", _even),

@@ -91,7 +91,7 @@ def test_only_a_no_of_an_engine_is_a_finding():
         ("llama", "yes yes yes yes"),
         ("clip_vision_model", "no no no yes"),
         ("clip", "limited limited no yes"),
-        ("t5", "no no yes yes"),
+        ("t5", "no no no yes"),
     ],
 )
 def test_what_the_model_is_decides_before_its_bits(model_type, expected):
