@@ -41,11 +41,13 @@ class VisionPlan:
     patch_size: int = 8
     projection: int = 64
     train_items: int = 3000
-    base: Schedule = Schedule(steps=300, lr=1e-3, batch_size=128)
-    expert: Schedule = Schedule(steps=250, lr=6e-4, batch_size=96)
+    base: Schedule = Schedule(steps=200, lr=1.5e-3, batch_size=128)
+    expert: Schedule = Schedule(steps=300, lr=6e-4, batch_size=96)
     # Every n-th item of an expert's batch is from any task; 0 for none. Without such items the
-    # average of the experts is below the base (measured at rates of 4e-4 and 1e-3).
-    replay: int = 4
+    # average of the experts is below the base (measured at rates of 4e-4 and 1e-3). Chosen on
+    # held-out items of seed 0 by base (51.9 %), experts (81.2) and merges alone: average 60.7,
+    # task arithmetic 55.9, TIES 62.8.
+    replay: int = 3
 
 
 QUICK = {
