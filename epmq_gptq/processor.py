@@ -19,6 +19,7 @@ import torch
 import transformers
 from gptqmodel.looper.gptq_processor import GPTQProcessor, clone_gptq_config_for_module
 from gptqmodel.looper.named_module import NamedModule
+from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization.gptq import SharedHessianFactorCache
 from gptqmodel.utils.fallback import should_use_fallback
 
@@ -86,6 +87,7 @@ class EPMQProcessor(GPTQProcessor):
         self.shared_groups = 0
         self.shared_layers = 0
         self._inputs: dict[str, SharedInput] = {}  # leader -> its group
+        self._definition: BaseQModel | None = None  # the host's model, once the loop names it
 
     @staticmethod
     def _build_log_file_path(processor_name: str, current_time: str) -> Path:
@@ -128,6 +130,7 @@ class EPMQProcessor(GPTQProcessor):
         """
         if self.failure is not None:
             raise self.failure
+        self._definition = model
         shared: list[list[str]] = []
         if self.qcfg.hessian.dedup_shared_inputs and not is_lm_head_module:
             plan = self._resolve_shared_input_plan(model)
@@ -173,7 +176,7 @@ class EPMQProcessor(GPTQProcessor):
                 remedy="Install a version that epmq_gptq was tested with.",
             )
         expert = self.plan.experts[index]
-        keep = getattr(getattr(self, "_mask_tls", None), "value", None)
+        keep = self._calibration_tokens(group.names[0])
         if torch.is_tensor(keep) and X.dim() >= 3 and keep.shape == X.shape[:2]:
             X = X[keep.to(device=X.device, dtype=torch.bool)]
         X = X.detach().reshape(-1, X.shape[-1])
@@ -182,6 +185,17 @@ class EPMQProcessor(GPTQProcessor):
             if statistics is None:
                 statistics = group.statistics[X.device] = self._statistics(group, X.device)
             statistics.add(expert, X)
+
+    def _calibration_tokens(self, name: str) -> torch.Tensor | None:
+        """``(B, S)`` bool, the tokens that count in the running batch; None: all of them.
+
+        A definition of ours says it for each layer, where a model reads more than one sequence;
+        the host knows one mask for all layers.
+        """
+        of_layer = getattr(self._definition, "token_mask", None)
+        if of_layer is not None:
+            return of_layer(name)
+        return getattr(getattr(self, "_mask_tls", None), "value", None)
 
     def _statistics(self, group: SharedInput, device: torch.device) -> GroupStatistics:
         tasks = {self.tasks[name].full_name: self.tasks[name] for name in group.names}

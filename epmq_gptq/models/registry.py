@@ -8,7 +8,10 @@ from gptqmodel.models.base import BaseQModel
 
 def definitions() -> dict[str, type[BaseQModel]]:
     """``model_type`` → definition."""
-    return {}
+    # Imported here: they import the rows, which need no definition.
+    from . import clip, t5
+
+    return {**clip.DEFINITIONS, **t5.DEFINITIONS}
 
 
 def register() -> None:
