@@ -1,6 +1,6 @@
 """Expert-guided post-merge quantization (E-PMQ, arXiv 2605.16882) for GPTQModel.
 
-Taking ``EPMQConfig`` from this package makes it known to GPTQModel:
+Importing this package makes ``EPMQConfig``, CLIP and T5 known to GPTQModel:
 
     model = GPTQModel.load("path/to/merged", EPMQConfig(experts={...}))
     model.quantize({"math": math_rows, "code": code_rows}, batch_size=4)
@@ -10,9 +10,11 @@ Taking ``EPMQConfig`` from this package makes it known to GPTQModel:
 from typing import TYPE_CHECKING
 
 from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
+from .on_import import when_host_is_imported
 
 if TYPE_CHECKING:
     from .config import EPMQConfig
+    from .models.loading import load_clip
     from .report import ModuleReport, QuantizationReport
     from .rows import RowSource
 
@@ -28,7 +30,10 @@ __all__ = [
     "QuantizationReport",
     "RowSource",
     "__version__",
+    "load_clip",
 ]
+
+when_host_is_imported()
 
 
 def __getattr__(name: str):
@@ -39,6 +44,10 @@ def __getattr__(name: str):
 
         install()
         return EPMQConfig
+    if name == "load_clip":
+        from .models.loading import load_clip
+
+        return load_clip
     if name in ("ModuleReport", "QuantizationReport"):
         from . import report
 

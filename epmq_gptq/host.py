@@ -17,6 +17,7 @@ from typing import Any
 from gptqmodel import GPTQModel
 from gptqmodel.looper.gptq_processor import GPTQProcessor
 from gptqmodel.looper.module_looper import ModuleLooper
+from gptqmodel.models import loader as host_loader
 from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
 from gptqmodel.utils.structure import LazyTurtle
@@ -77,6 +78,24 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
         ),
     ),
     "renamings": (BaseQModel, "resolve_hf_conversion_map_reversed", ("target_model",)),
+    "towers": (
+        BaseQModel,
+        "_resolve_effective_module_tree",
+        ("model", "quantize_config", "detector"),
+    ),
+    "replay": (
+        BaseQModel,
+        "prepare_layer_replay_kwargs",
+        ("layer", "layer_input", "additional_inputs", "target_device"),
+    ),
+    "after a layer": (
+        BaseQModel,
+        "update_layer_replay_kwargs_from_output",
+        ("layer", "layer_output", "layer_input_kwargs", "target_device"),
+    ),
+    "first inputs": (BaseQModel, "run_input_capture", ("example", "use_cache", "data_device")),
+    "tokenizer": (host_loader, "load_hf_tokenizer", ()),
+    "root tensors": (host_loader, "load_checkpoint_in_model_then_tie_weights", ("model",)),
     "loop": (ModuleLooper, "__init__", ("model", "processors")),
     "stop": (ModuleLooper, "_request_loop_stop", ("exc",)),
     "task": (GPTQ, "quantize", ("blocksize",)),

@@ -47,6 +47,7 @@ class ImageRules:
         patch: height and width of a patch in pixels.
         processor: the model's image processor; None where its folder has none.
         text: rules of its text tower's tokens; None where it has none.
+        needs_text: whether every image must have one.
     """
 
     size: int
@@ -54,6 +55,7 @@ class ImageRules:
     patch: int
     processor: Any = None
     text: TokenRules | None = None
+    needs_text: bool = False
 
     form = IMAGES
 
@@ -98,13 +100,15 @@ class ImageRules:
                 for one, part in zip(each, parts, strict=True)
             )
         with_text = [row.ids is not None for each in rows.values() for row in each]
-        if any(with_text) and not all(with_text):
+        if not all(with_text) and (any(with_text) or self.needs_text):
             raise EPMQInputError(
                 f"`calibration`: {with_text.count(False)} of {len(with_text)} images have no "
-                "`text`, the others have one.",
+                + ("`text`, which the text tower reads." if self.needs_text else "`text`."),
                 code="EPMQ-F32",
                 subject="`calibration`",
-                remedy="Give all of them a text, or none.",
+                remedy="Give all of them a text."
+                if self.needs_text
+                else "Give all of them a text, or none.",
             )
         return EncodedCalibration(rows, counts, self.form.name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def input_rules(model: Any) -> Rules:
     """
     form, config = input_form(model), model.model.config
     if form is IMAGES:
-        return ImageRules.of(config, Path(str(model.model_local_path)), model.tokenizer)
+        rules = ImageRules.of(config, Path(str(model.model_local_path)), model.tokenizer)
+        # A text tower that is not quantized needs no texts, whatever the rows hold.
+        reads_text = getattr(model, "reads_text", False)
+        return replace(rules, needs_text=True) if reads_text else replace(rules, text=None)
     return PairRules.of(config, model.tokenizer) if form is PAIRS else TokenRules.of(model)
 
 

@@ -82,8 +82,9 @@ def check_tensors(
     # Two layouts of the same layers (stacked, apart) miss nothing of one another.
     places = (resolve(linear, merged) for linear in linears)
     linear_tensors = used | {place.tensor for place in places if place is not None}
-    missing = [name for name in merged if name not in store and name not in linear_tensors]
-    extra = [name for name in store if name not in merged and name not in used]
+    ours, theirs = set(map(_bare, merged)), set(map(_bare, store))
+    missing = [n for n in merged if _bare(n) not in theirs and n not in linear_tensors]
+    extra = [name for name in store if _bare(name) not in ours and name not in used]
     if _is_tied(merged):
         # What is said twice: a head that the embeddings are.
         extra = [name for name in extra if not _HEAD.search(name)]
@@ -127,6 +128,11 @@ def _quantized(store: Any, what: str) -> Finding | None:
         f"{what}: already quantized ({reason}).",
         "Give the full-precision model.",
     )
+
+
+def _bare(name: str) -> str:
+    """CLIP's vision tower is saved with its own name before each tensor, or without."""
+    return name.removeprefix("vision_model.")
 
 
 def _extra_layers(linears: list[Linear], extra: list[str], what: str) -> Iterator[Finding]:
