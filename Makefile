@@ -47,7 +47,7 @@ bench: venv
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 
 bench-quality: venv
-	$(BIN)/python benchmarks/quality.py $(ARGS)
+	$(BIN)/python benchmarks/quality.py --refresh README.md $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-serving build dist *.egg-info .pytest_cache .ruff_cache

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from quality import plan as plans  # noqa: E402
 from quality.runner import Runner  # noqa: E402
-from quality.tables import Tables, csv_of  # noqa: E402
+from quality.tables import Tables, csv_of, summary  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,6 +158,9 @@ def write(
     sections = {suite: Tables(plan, results, suite).markdown() for suite in plan.options.suites}
     head = heading(plan.options, found, command, seconds)
     body = "\n".join(f"## {suite}\n\n{text}" for suite, text in sections.items())
+    if "main" in plan.options.tables:
+        sections["summary"] = summary(plan, results)
+        body = f"## All suites\n\n{sections['summary']}\n{body}"
     (out / "quality.md").write_text(f"{head}\n{body}", encoding="utf-8")
     for file in given.refresh:
         text = refreshed(file.read_text(encoding="utf-8"), sections)

@@ -15,8 +15,8 @@ SUITES = ("vision8", "text4", "seq2seq4")
 TABLES = ("main", "alpha", "bits", "budget")
 
 # FusionBench's parameters, which are the paper's; the rest of each method at its defaults. But
-# WUDI's 400 steps of 1e-5 are for models whose task vectors are a hundredth of ours: there it stays
-# at its start, the sum of all (16 % on vision8). 1e-3 was chosen by held-out rows of the merge alone.
+# WUDI's 400 steps of 1e-5 are for the smaller task vectors of large models: here it would stay at
+# its start, the sum of all (16 % on vision8). 1e-3 was chosen by held-out rows of that merge alone.
 MERGERS: dict[str, dict[str, Any]] = {
     "average": {},
     "task_arithmetic": {"lam": 0.3},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,6 +102,24 @@ class Tables:
             if merger in self.options.mergers:
                 lines += self._calibrated_lines(merger, bits)
         return self._table(f"{self.suite}, {bits} bits", lines)
+
+    def averages(self, bits: int) -> dict[tuple[str, str], str]:
+        """(what was merged or "", row) → average accuracy, in the order of the main table.
+
+        Full precision comes as it is under every bit width; rows have the same names in all suites.
+        """
+        found = {}
+        for label, kind in (("Pre-trained base", "base"), ("Each expert, own task", "experts")):
+            found["", label] = self._average(Line(label, self._cells(kind=kind)), "accuracy")
+        for merger in self.options.mergers:
+            calibrated = merger in CALIBRATED
+            lines = (self._calibrated_lines if calibrated else self._merger_lines)(merger, bits)
+            for line in lines:
+                # Without the value that was chosen, which differs between suites.
+                name = re.sub(r"([αγ]) [^,)]+, by", r"\1 by", line.label)
+                name = re.sub(r"α [^,)]+, the paper's", "the paper's α", name)
+                found[LABELS[merger], name] = self._average(line, "accuracy")
+        return found
 
     def _merger_lines(self, merger: str, bits: int) -> list[Line]:
         merged = self._merged(merger)
@@ -278,6 +297,24 @@ def _markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) 
     lines.append("|" + "|".join(["---", *["---:"] * (len(header) - 1)]) + "|")
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
+
+
+def summary(plan: Plan, results: Results) -> str:
+    """One table of all suites and bit widths: averages over the tasks."""
+    columns = {
+        f"{suite}, {bits} bits": Tables(plan, results, suite).averages(bits)
+        for suite in plan.options.suites
+        for bits in plan.options.bits
+    }
+    names = list(dict.fromkeys(name for found in columns.values() for name in found))
+    rows = [
+        [
+            f"**{row}**" if row in ("", merger) or "E-PMQ" in row else row,
+            *(found.get((merger, row), "-") for found in columns.values()),
+        ]
+        for merger, row in names
+    ]
+    return _markdown("Average accuracy (%)", ["model", *columns], rows) + "\n"
 
 
 def csv_of(plan: Plan, results: Results) -> str:
