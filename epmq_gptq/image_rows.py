@@ -106,7 +106,7 @@ class ImageRules:
                 + ("`text`, which the text tower reads." if self.needs_text else "`text`."),
                 code="EPMQ-F32",
                 subject="`calibration`",
-                remedy="Give all of them a text."
+                remedy="Give all a text, or leave the rule of `dynamic` with `text_model` out."
                 if self.needs_text
                 else "Give all of them a text, or none.",
             )

@@ -168,8 +168,9 @@ def test_a_picture_without_a_processor_is_refused(picture):
 
 
 def test_a_folder_says_what_its_images_are(picture, processor, tmp_path):
-    CLIPVisionConfig(image_size=SIZE, patch_size=8, hidden_size=32, num_attention_heads=2,
-                     num_hidden_layers=1, intermediate_size=64).save_pretrained(tmp_path)  # fmt: skip
+    layers = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    config = CLIPVisionConfig(image_size=SIZE, patch_size=8, num_hidden_layers=1, **layers)
+    config.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     plan = plan_for_folder(tmp_path, {"a": [picture] * 3}, ["a"], batch_size=2)
     assert [len(batch["pixel_values"]) for batch in plan.batches] == [2, 1]
