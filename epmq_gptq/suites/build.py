@@ -82,7 +82,7 @@ def build_suite(
     device = torch.device(device)
     cache = Path(cache or cache_folder()).expanduser().absolute()
     place = cache / "suites" / f"{name}-{_key(name, plan, device)}"
-    if not (place / FACTS).is_file():
+    if not _is_whole(place):
         _train_into(place, lambda out: train(plan, out, device, progress or _silent, cache))
     return suite(
         seed=seed,
@@ -94,7 +94,7 @@ def build_suite(
 
 
 def facts(suite: Suite) -> dict[str, Any]:
-    """What is known of a suite's training: ``seconds``."""
+    """What is known of a suite's training: ``seconds``, and ``files`` with their sizes in bytes."""
     return json.loads((suite.folder / FACTS).read_text(encoding="utf-8"))
 
 
@@ -115,9 +115,22 @@ def _key(name: str, plan: Any, device: torch.device) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _files(folder: Path) -> dict[str, int]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FACTS)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether every file is there that was there when the suite was complete."""
+    try:
+        return json.loads((place / FACTS).read_text(encoding="utf-8"))["files"] == _files(place)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _train_into(place: Path, train: Callable[[Path], None]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    # What is there without its facts is what an older version, or a full disk, left.
+    # What is there is not whole: a tidy-up of the cache, or a full disk, took some of it.
     shutil.rmtree(place, ignore_errors=True)
     with tempfile.TemporaryDirectory(
         dir=place.parent, prefix=f".{place.name}-", ignore_cleanup_errors=True
@@ -126,6 +139,6 @@ def _train_into(place: Path, train: Callable[[Path], None]) -> None:
         fresh.mkdir()
         start = time.perf_counter()
         train(fresh)
-        found = {"seconds": time.perf_counter() - start}
+        found = {"seconds": time.perf_counter() - start, "files": _files(fresh)}
         (fresh / FACTS).write_text(json.dumps(found), encoding="utf-8")
         publish(fresh, place, Path(temporary) / "replaced", replace=False)

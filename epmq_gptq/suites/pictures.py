@@ -87,7 +87,7 @@ def _digit_images() -> dict[tuple[str, int], np.ndarray]:
     except ImportError as error:
         raise EPMQInputError(
             "the suite `vision8` takes its digits from scikit-learn, which is not installed.",
-            code="EPMQ-F49",
+            code="EPMQ-O03",
             subject="`vision8`",
             remedy="Install it: pip install 'epmq-gptq[suites]'.",
         ) from error

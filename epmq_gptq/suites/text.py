@@ -54,7 +54,8 @@ def _texts(task: str, theirs: str, split: str, seed: int) -> Iterator[str]:
 def _belongs(text: str, split: str) -> bool:
     if split not in ("calibration", "held_out"):
         return True
-    return (zlib.crc32(text.encode()) % 4 == 0) == (split == "held_out")
+    # The library's texts differ in length: this sixth leaves 256 calibration rows of each.
+    return (zlib.crc32(text.encode()) % 6 == 1) == (split == "held_out")
 
 
 @dataclass(frozen=True)
