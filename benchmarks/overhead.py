@@ -48,7 +48,9 @@ def parity(merged: Path, rows: list) -> None:
     rounding edge moves the rest of its row.
     """
     host = GPTQConfig(bits=4, group_size=128, damp_percent=ALPHA)
-    ours = EPMQConfig(bits=4, group_size=128, experts={"merge": str(merged)}, alpha=ALPHA)
+    ours = EPMQConfig(
+        profile="paper", bits=4, group_size=128, experts={"merge": str(merged)}, alpha=ALPHA
+    )
     _, expected = quantize(merged, host, rows)
     _, got = quantize(merged, ours, {"merge": rows})
     for name, loss in expected.items():
@@ -87,7 +89,7 @@ def main() -> None:
         for _ in range(options.runs):
             host = GPTQConfig(bits=4, group_size=128, damp_percent=ALPHA)
             seconds["gptq"].append(quantize(merged, host, pooled)[0])
-            ours = EPMQConfig(bits=4, group_size=128, experts=experts, alpha=ALPHA)
+            ours = EPMQConfig(profile="paper", bits=4, group_size=128, experts=experts, alpha=ALPHA)
             seconds["epmq"].append(quantize(merged, ours, rows)[0])
     shape = {key: getattr(options, key) for key in ("width", "layers", "experts", "tokens")}
     setting = {

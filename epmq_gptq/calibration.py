@@ -37,6 +37,7 @@ class CalibrationPlan:
         tokens: calibration tokens per expert, padding left out.
         counts: what became of every expert's rows.
         positions: tokens of an image.
+        held_out: whether a batch is kept apart, to choose options with.
     """
 
     batches: list[dict[str, torch.Tensor]] = field(default_factory=list)
@@ -45,6 +46,18 @@ class CalibrationPlan:
     tokens: dict[str, int] = field(default_factory=dict)
     counts: dict[str, RowCounts] = field(default_factory=dict)
     positions: int = 1
+    held_out: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.held_out = self.held_out or [False] * len(self.batches)
+
+    def add(
+        self, expert: str, batches: Sequence[dict[str, torch.Tensor]], *, held_out: bool
+    ) -> None:
+        """More batches of an expert."""
+        self.batches += batches
+        self.experts += [expert] * len(batches)
+        self.held_out += [held_out] * len(batches)
 
     def __len__(self) -> int:
         return sum(self.rows.values())
@@ -110,6 +123,7 @@ def plan_inputs(
     sort: str | None = None,
     pad: bool = True,
     masked: bool = True,
+    held_out: float = 0.0,
 ) -> CalibrationPlan:
     """Batch every expert's rows apart, of whatever form they are; see :func:`plan_calibration`.
 
@@ -132,6 +146,7 @@ def plan_inputs(
             masked=masked,
             pad_id=rules.pad_id,
             pads_left=rules.pads_left,
+            held_out=held_out,
         )
     _check_batching(batch_size, sort)
     plan = CalibrationPlan(
@@ -140,14 +155,29 @@ def plan_inputs(
     for name, rows in calibration.rows.items():
         if sort is not None:
             rows = sorted(rows, key=lambda row: row.tokens, reverse=sort == "desc")
-        batches = list(rules.batches(rows, batch_size))
-        tokens = sum(count for _, count in batches)
+        tokens = 0
+        for part, apart in _parts(rows, held_out):
+            batches = list(rules.batches(part, batch_size))
+            tokens += sum(count for _, count in batches)
+            plan.add(name, [batch for batch, _ in batches], held_out=apart)
         # Our own arithmetic: no row is lost on the way from the counts to the model.
         assert tokens == calibration.counts[name].tokens, name
-        plan.batches += [batch for batch, _ in batches]
-        plan.experts += [name] * len(batches)
         plan.rows[name], plan.tokens[name] = len(rows), tokens
     return plan
+
+
+def _parts(rows: Sequence[Any], share: float) -> Iterator[tuple[Sequence[Any], bool]]:
+    """The rows that are fitted to, then those held out: every k-th, so of all lengths and sources.
+
+    One row of two is the least that is fitted to, and of a single row none is held out.
+    """
+    every = max(2, round(1 / share)) if share else len(rows) + 1
+    apart = set(range(every - 1, len(rows), every))
+    if share and len(rows) > 1 and not apart:
+        apart = {len(rows) - 1}
+    yield [row for index, row in enumerate(rows) if index not in apart], False
+    if apart:
+        yield [rows[index] for index in sorted(apart)], True
 
 
 def _check_batching(batch_size: int, sort: str | None) -> None:
@@ -166,6 +196,7 @@ def plan_calibration(
     masked: bool = True,
     pad_id: int = 0,
     pads_left: bool = False,
+    held_out: float = 0.0,
 ) -> CalibrationPlan:
     """Batch every expert's rows apart, experts in the order of ``calibration``.
 
@@ -178,6 +209,7 @@ def plan_calibration(
         masked: whether the model takes an attention mask; one that does not gets rows one by one.
         pad_id: the token that fills up, hidden by the mask.
         pads_left: whether it does so in front of the row.
+        held_out: share of every expert's rows that is batched apart from the others.
 
     Raises:
         EPMQInputError: an option is out of range, or a row hides tokens where that means nothing.
@@ -189,15 +221,17 @@ def plan_calibration(
             _check_nothing_hidden(rows, name)
         if sort is not None:
             rows = sorted(rows, key=lambda row: len(row.ids), reverse=sort == "desc")
-        groups = _in_turn(rows, batch_size if masked else 1) if pad else _alike(rows, batch_size)
-        batches = [_batch(group, pad_id, pads_left) for group in groups]
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        tokens = 0
+        for part, apart in _parts(rows, held_out):
+            size = batch_size if masked else 1
+            groups = _in_turn(part, size) if pad else _alike(part, batch_size)
+            batches = [_batch(group, pad_id, pads_left) for group in groups]
+            tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+            if not masked:
+                batches = [{"input_ids": batch["input_ids"]} for batch in batches]
+            plan.add(name, batches, held_out=apart)
         # Our own arithmetic: no row is lost on the way from the counts to the model.
         assert tokens == calibration.counts[name].tokens, name
-        if not masked:
-            batches = [{"input_ids": batch["input_ids"]} for batch in batches]
-        plan.batches += batches
-        plan.experts += [name] * len(batches)
         plan.rows[name], plan.tokens[name] = len(rows), tokens
     return plan
 

@@ -25,6 +25,8 @@ from .config_checks import (
 from .config_files import CONFIG_VERSION, known_options, options_of, parsed
 from .errors import EPMQInputError
 from .options import bad_option, parse_json, parse_yaml, write_yaml
+from .profiles import PROFILES
+from .target import ANCHORS
 from .weighting import WEIGHTINGS
 
 __all__ = ["BITS", "CONFIG_VERSION", "GROUP_SIZES", "NUMERICAL_DAMP", "EPMQConfig"]
@@ -59,9 +61,22 @@ class EPMQConfig(GPTQConfig):
             what the adapter says; ``"base+adapter"`` names both), or a model in memory: a module, a
             PEFT model or a state dict, which is not copied. The order is the order in which they
             are folded. At least one.
-        alpha: strength of the anchor to the merged weights, λ = alpha · tr(H) / d (eq. 13). The
-            paper uses 0.01–0.1 for CLIP, 1 for LLMs, 10 for WUDI merges. Large values (1e7)
-            give plain GPTQ of the merge; 0 is allowed only where every Gram has full rank.
+        profile: values for ``alpha, eta, rho, anchor`` and ``bias_refit`` where they are left out:
+            ``"best"`` of our ablation (docs/method.md), or ``"paper"``: its algorithm and its
+            constants, α 0.01 for CLIP and T5, 1 for language models, 10 for merges made by WUDI.
+        alpha: strength of the anchor to the merged weights, λ = alpha · tr(H) / d (eq. 13). Large
+            values (1e7) give plain GPTQ of the merge; 0 is allowed only where every Gram has full
+            rank. ``"auto"`` chooses one for every shared input by rows that are held out.
+        eta: share of each expert's own activations in the target, 0 to 1: ``W_i (η z + (1 − η) x)``
+            with z from a full-precision pass of expert i over its own rows. 0 is the paper.
+        rho: where a layer writes to the residual stream, share of the gap to the expert's stream
+            that the target makes up for, 0 to 1. 0 is the paper.
+        anchor: what λ multiplies: ``"identity"``, the paper's, or ``"channel"``: each input channel
+            by its own energy, which no scaling of the inputs changes.
+        bias_refit: fit the biases of layers that have one as well: after rounding they take up the
+            mean of what is left.
+        held_out: share of every expert's rows that ``alpha="auto"`` chooses with; they count in the
+            final target like all others.
         alpha_pattern: other alphas for some linear layers: a regular expression that must match the
             end of the module's full name, whole path parts (``"mlp.down_proj"``, ``"layers.0..*"``;
             PEFT's rule for its pattern options) → alpha. The first match wins.
@@ -94,7 +109,13 @@ class EPMQConfig(GPTQConfig):
     """
 
     experts: dict[str, Any] = field(default_factory=dict)
-    alpha: float = field(default=1.0)
+    profile: str = field(default="best", metadata={"choices": list(PROFILES)})
+    alpha: float | str | None = field(default=None)
+    eta: float | None = field(default=None)
+    rho: float | None = field(default=None)
+    anchor: str | None = field(default=None, metadata={"choices": list(ANCHORS)})
+    bias_refit: bool | None = field(default=None)
+    held_out: float = field(default=0.125)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     base: str | None = field(default=None)
     weighting: str = field(default="raw", metadata={"choices": list(WEIGHTINGS)})
@@ -106,13 +127,13 @@ class EPMQConfig(GPTQConfig):
 
     def __post_init__(self) -> None:
         self.experts = check_experts(self.experts)
-        self.alpha = check_alpha(self.alpha, "alpha")
+        self._check_target()
         if not isinstance(self.alpha_pattern, Mapping):
             raise bad_option(
                 "alpha_pattern", "a mapping of module patterns to alphas", self.alpha_pattern
             )
         self.alpha_pattern = {
-            check_pattern(pattern): check_alpha(value, f"alpha_pattern[{pattern!r}]")
+            check_pattern(pattern): check_alpha(value, f"alpha_pattern[{pattern!r}]", auto=True)
             for pattern, value in self.alpha_pattern.items()
         }
         self._check_choices()
@@ -140,6 +161,39 @@ class EPMQConfig(GPTQConfig):
         if self.format not in _FORMATS:
             names = "one of " + ", ".join(known.value for known in _FORMATS)
             raise bad_option("format", names, self.format)
+
+    def _check_target(self) -> None:
+        if self.profile not in PROFILES:
+            raise bad_option("profile", f"one of {', '.join(PROFILES)}", self.profile)
+        profile = PROFILES[self.profile]
+        self.targets_asked_for = self.eta is not None or self.rho is not None
+        for name in profile._fields:
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(profile, name))
+        if self.alpha is not None:
+            self.alpha = check_alpha(self.alpha, "alpha", auto=True)
+        for name in ("eta", "rho"):
+            value = number(getattr(self, name), name)
+            if value > 1:
+                raise bad_option(name, "between 0 and 1", value)
+            setattr(self, name, value)
+        if self.anchor not in ANCHORS:
+            raise bad_option("anchor", f"one of {', '.join(ANCHORS)}", self.anchor)
+        if not isinstance(self.bias_refit, bool):
+            raise bad_option("bias_refit", "True or False", self.bias_refit)
+        self.held_out = number(self.held_out, "held_out")
+        if not 0 < self.held_out <= 0.5:
+            raise bad_option("held_out", "above 0 and at most 0.5", self.held_out)
+
+    @property
+    def runs_experts(self) -> bool:
+        """Whether a target needs the experts' own activations."""
+        return bool(self.eta or self.rho)
+
+    @property
+    def chooses_alpha(self) -> bool:
+        """Whether some layer's α is chosen by held-out rows."""
+        return "auto" in (self.alpha, *self.alpha_pattern.values())
 
     def _check_choices(self) -> None:
         if self.on_bad_module not in ("raise", "rtn"):
@@ -234,8 +288,8 @@ class EPMQConfig(GPTQConfig):
                     remedy="Leave it out.",
                 )
 
-    def alpha_for(self, module: str) -> float:
-        """The alpha of the linear layer with this full name."""
+    def alpha_for(self, module: str) -> float | str:
+        """The alpha of the linear layer with this full name; ``"auto"`` is one."""
         for pattern, alpha in self.alpha_pattern.items():
             if pattern_matches(pattern, module):
                 return alpha

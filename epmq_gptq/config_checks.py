@@ -81,8 +81,12 @@ def number(value: Any, option: str, code: str = "EPMQ-O01") -> float:
     return result
 
 
-def check_alpha(value: Any, option: str) -> float:
-    """An alpha: 0, or so large that only the anchor is left."""
+def check_alpha(value: Any, option: str, *, auto: bool = False) -> float | str:
+    """An alpha, from 0 to so large that only the anchor is left; or ``"auto"`` if allowed."""
+    if auto and isinstance(value, str):
+        if value != "auto":
+            raise bad_option(option, 'a number or "auto"', value, code="EPMQ-F28")
+        return value
     alpha = number(value, option, "EPMQ-F28")
     if alpha > LARGEST_ALPHA:
         raise bad_option(

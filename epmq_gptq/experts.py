@@ -276,6 +276,28 @@ class Experts:
             W = W * (update.magnitude[start:stop] / W.norm(dim=1))[:, None]
         return W
 
+    def bias(self, name: str, module: str) -> torch.Tensor:
+        """``b_i: (out,)`` of one layer, as its checkpoint has it.
+
+        Raises:
+            EPMQInputError: it has none there.
+        """
+        linear, expert = self._bound[module], self._experts[name]
+        stored = self._stored[name, module]
+        tensor = f"{stored.tensor.removesuffix('.weight')}.bias"
+        store = self._store_of(expert, linear)
+        whole = stored.index is None and stored.part is None
+        if not whole or tensor not in store or store.info(tensor).shape != (linear.outputs,):
+            raise EPMQInputError(
+                f"expert `{name}`: it has no tensor `{tensor}` of {linear.outputs} numbers, and "
+                f"the merged model's `{module}` has a bias.",
+                code="EPMQ-F04",
+                subject=f"expert `{name}`, tensor `{tensor}`",
+                remedy="Give an expert of the same architecture, or set `bias_refit=False`.",
+            )
+        with self._lock:
+            return store.read(tensor)
+
     def check(self, name: str, module: str) -> None:
         """Raise :class:`EPMQNumericalError` if that weight holds a NaN or an infinity."""
         linear, expert = self._bound[module], self._experts[name]

@@ -10,10 +10,12 @@ import functools
 import inspect
 import os
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from gptqmodel import GPTQModel
 from gptqmodel.looper.gptq_processor import GPTQProcessor
 from gptqmodel.looper.module_looper import ModuleLooper
@@ -25,7 +27,7 @@ from gptqmodel.utils.structure import LazyTurtle
 from .calibration import CalibrationPlan, plan_inputs
 from .checkpoints import Checkpoint, check_folder, resolve_source
 from .config import EPMQConfig
-from .errors import EPMQHostError, EPMQInputError
+from .errors import EPMQHostError, EPMQInputError, EPMQWarning
 from .experts import Experts
 from .hub import parse_hub_id
 from .inputs import input_rules
@@ -36,11 +38,13 @@ from .options import exists
 from .preflight import Preflight
 from .preflight.runs import run_preflight
 from .processor import EPMQProcessor
-from .provenance import provenance
+from .profiles import paper_alpha
+from .provenance import merge_record, provenance
 from .report import QuantizationReport
 from .row_sets import read_calibration
 from .saving import save_whole
 from .tokens import EncodedCalibration
+from .trajectories import ExpertTrajectories
 from .weighting import Weighting
 
 TESTED = ((7, 6), (7, 7))  # first and last minor version of GPTQModel
@@ -261,6 +265,7 @@ def quantize_with_experts(
     experts = Experts(config.experts, base=config.base, require_pinned=config.require_pinned)
     model.epmq_sources = {"merged model": merged.path} | experts.folders
     linears = list(quantizable_linears(model))
+    settle_alpha(config, merged)
     plan = _plan(model, experts, calibration, calibration_sort, batch_size, calibration_concat_size)
     checked = run_preflight(
         config,
@@ -271,9 +276,11 @@ def quantize_with_experts(
         device=getattr(config.device, "value", None) or str(config.device or "cpu"),
         dtype_bytes=next(model.model.parameters()).dtype.itemsize,
     )
+    trajectories = _trajectories(model, merged, experts, plan, linears)
     processor = EPMQProcessor(
         plan=plan,
         experts=experts,
+        trajectories=trajectories,
         weighting=Weighting(config.weighting, plan.tokens, config.expert_weights, config.data_free),
         is_routed=model.is_moe_module,
         tokenizer=model.tokenizer,
@@ -317,7 +324,8 @@ def _plan(
     batch_size: int,
     concat_size: int | None = None,
 ) -> CalibrationPlan:
-    data_free = model.quantize_config.data_free
+    config = model.quantize_config
+    data_free = config.data_free
     rules = input_rules(model)
     if not isinstance(calibration, EncodedCalibration):
         sets = read_calibration(
@@ -343,7 +351,51 @@ def _plan(
         sort=sort,
         pad=model.dynamic_expert_index is None,
         masked=model.support_batch_quantize,
+        held_out=config.held_out if config.chooses_alpha else 0.0,
     )
+
+
+def settle_alpha(config: EPMQConfig, merged: Checkpoint) -> None:
+    """Put the paper's constant of the model's family where ``profile="paper"`` left it open."""
+    if config.alpha is None:
+        merge = merge_record(merged.path).get("method")
+        config.alpha = paper_alpha(str(merged.config().get("model_type")), merge)
+
+
+def _trajectories(
+    model: BaseQModel,
+    merged: Checkpoint,
+    experts: Experts,
+    plan: CalibrationPlan,
+    linears: list[Linear],
+) -> ExpertTrajectories | None:
+    """The experts' own passes, if a target needs them.
+
+    Where the user left ``eta`` and ``rho`` open and the experts cannot be run, the paper's targets
+    take their place, with a warning.
+    """
+    config = model.quantize_config
+    if not config.runs_experts:
+        return None
+    try:
+        return ExpertTrajectories(
+            merged,
+            experts,
+            plan,
+            linears,
+            device=torch.device(getattr(config.device, "value", None) or config.device or "cpu"),
+            dtype=next(model.model.parameters()).dtype,
+        )
+    except EPMQInputError as error:
+        if config.targets_asked_for:
+            raise
+        warnings.warn(
+            f"experts cannot be run, so the targets are the paper's (eta = rho = 0): {error.cause}",
+            EPMQWarning,
+            stacklevel=2,
+        )
+        config.eta = config.rho = 0.0
+        return None
 
 
 # Options of the host's quantize() that cannot go with experts, and what to do instead.

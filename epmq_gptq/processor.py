@@ -1,8 +1,9 @@
 """E-PMQ inside GPTQModel's layer loop: its processor and its per-layer task, with our statistics.
 
 The host runs the layers, calls the hooks, rounds and packs. What changes: inputs are counted per
-expert and per shared input, and between the forward passes of a subset and its rounding every layer
-gets W* as its weight and H_E as its Hessian (``task.py``).
+expert and per shared input, beside those of the expert's own pass (``trajectories.py``), and
+between the forward passes of a subset and its rounding every layer gets W* as its weight and H_E as
+its Hessian (``solver.py``, ``task.py``).
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ import transformers
 from gptqmodel.looper.gptq_processor import GPTQProcessor, clone_gptq_config_for_module
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.models.base import BaseQModel
-from gptqmodel.quantization.gptq import SharedHessianFactorCache
-from gptqmodel.utils.fallback import should_use_fallback
 
 from .calibration import CalibrationPlan
+from .config import EPMQConfig
 from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
-from .experts import Experts, check_finite
+from .experts import Experts
 from .report import ModuleReport
-from .statistics import GroupStatistics, WeightDelta, data_free_gram
-from .target import add_anchor_, anchor_strength, expert_target, numerical_rank
+from .residual import first_states
+from .solver import TargetSolver, check_merged
+from .statistics import GroupStatistics, TargetForm, WeightDelta
 from .task import EPMQ
+from .trajectories import ExpertTrajectories
 from .weighting import Weighting
 
 
@@ -39,13 +41,18 @@ class SharedInput:
 
     Attributes:
         names: the layers, relative to their decoder layer; the first one's hook counts for all.
-        statistics: one per device that ran forward passes.
+        statistics: one per device that ran forward passes, and apart from the others the rows that
+            are held out.
         error: the first trouble met while counting; nothing more is counted then.
+        own_inputs: whether the inputs of the experts' own passes were counted.
+        written: full names of the layers whose residual stream was counted.
     """
 
     names: list[str]
-    statistics: dict[torch.device, GroupStatistics] = field(default_factory=dict)
+    statistics: dict[tuple[torch.device, bool], GroupStatistics] = field(default_factory=dict)
     error: Exception | None = None
+    own_inputs: bool = False
+    written: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -57,6 +64,7 @@ class EPMQProcessor(GPTQProcessor):
         experts: the experts' weights, already bound to the model's linear layers.
         weighting: β_i of every expert.
         is_routed: whether a module's full name is that of a routed (mixture-of-experts) module.
+        trajectories: the experts' own passes; None where no target needs them.
         host_arguments: what ``GPTQProcessor`` takes besides the calibration data.
     """
 
@@ -67,6 +75,7 @@ class EPMQProcessor(GPTQProcessor):
         experts: Experts,
         weighting: Weighting,
         is_routed: Callable[[str], bool],
+        trajectories: ExpertTrajectories | None = None,
         **host_arguments,
     ):
         super().__init__(
@@ -81,6 +90,22 @@ class EPMQProcessor(GPTQProcessor):
         self.experts = experts
         self.weighting = weighting
         self.is_routed = is_routed
+        self.trajectories = trajectories
+        config: EPMQConfig = self.qcfg
+        own = trajectories is not None
+        self.form = TargetForm(
+            config.eta if own else 0.0, config.rho if own else 0.0, biases=config.bias_refit
+        )
+        self._solver = TargetSolver(
+            experts=experts,
+            weighting=weighting,
+            anchor=config.anchor,
+            is_routed=is_routed,
+            on_bad=self._mark_bad,
+            all_tokens=lambda: self.total_calibration_tokens,
+        )
+        self._streams = threading.local()  # tap -> r of the batch that this thread runs
+        self._taps: list[torch.utils.hooks.RemovableHandle] = []
         self.reports: list[ModuleReport] = []
         self.failure: EPMQNumericalError | None = None
         self.stop_loop: Callable[[BaseException], None] = lambda error: None
@@ -151,7 +176,28 @@ class EPMQProcessor(GPTQProcessor):
                 leaders.update(dict.fromkeys(names[1:], names[0]))
             self._shared_input_leaders = leaders
             self._shared_input_capture_generation += 1
+        if self.trajectories is not None and self._inputs:
+            self._enter_layer(model)
         return dict(leaders)
+
+    def _enter_layer(self, model: BaseQModel) -> None:
+        """Have the experts run the layer of this subset, and watch the merge's residual stream."""
+        name = next(iter(self._inputs))
+        layer = self.tasks[name].full_name.removesuffix(name).removesuffix(".")
+        if not self.trajectories.enter(layer):
+            return
+        members = {self.tasks[n].full_name for group in self._inputs.values() for n in group.names}
+        taps = {tap for member, tap in self.trajectories.taps.items() if member in members}
+        if not self.form.rho or not taps:
+            return
+        running = model.model.get_submodule(layer)
+        for tap in taps:
+
+            def keep(module, arguments, options, tap=tap):
+                setattr(self._streams, tap, first_states(arguments, options))
+
+            handle = running.get_submodule(tap).register_forward_pre_hook(keep, with_kwargs=True)
+            self._taps.append(handle)
 
     def pre_process_fwd_hook(self, name: str):
         """The hook that counts a batch for the input ``name`` leads; followers count nothing."""
@@ -177,14 +223,34 @@ class EPMQProcessor(GPTQProcessor):
             )
         expert = self.plan.experts[index]
         keep = self._calibration_tokens(group.names[0])
-        if torch.is_tensor(keep) and X.dim() >= 3 and keep.shape == X.shape[:2]:
-            X = X[keep.to(device=X.device, dtype=torch.bool)]
-        X = X.detach().reshape(-1, X.shape[-1])
+        rows = _rows(X, keep)
+        Z, gaps = self._of_expert(group, index, X, keep)
+        key = X.device, self.plan.held_out[index]
         with group.lock:
-            statistics = group.statistics.get(X.device)
+            statistics = group.statistics.get(key)
             if statistics is None:
-                statistics = group.statistics[X.device] = self._statistics(group, X.device)
-            statistics.add(expert, X)
+                statistics = group.statistics[key] = self._statistics(group, X.device)
+            statistics.add(expert, rows, Z, gaps)
+
+    def _of_expert(
+        self, group: SharedInput, batch: int, X: torch.Tensor, keep: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """z and r_i − r of a batch, for the layers that have them (routed modules have none)."""
+        members = [self.tasks[name].full_name for name in group.names]
+        own = None if self.trajectories is None else self.trajectories.inputs(members[0], batch)
+        if own is None or own.shape != X.shape:
+            return None, {}
+        group.own_inputs = True
+        Z = _rows(own.to(X.device), keep) if self.form.eta else None
+        gaps = {}
+        for member in members if self.form.rho else ():
+            tap = self.trajectories.taps.get(member)
+            stream = None if tap is None else getattr(self._streams, tap, None)
+            if stream is not None:
+                theirs = self.trajectories.stream(member, batch).to(stream.device)
+                gaps[member] = _rows(theirs.float() - stream.detach().float(), keep)
+                group.written.add(member)
+        return Z, gaps
 
     def _calibration_tokens(self, name: str) -> torch.Tensor | None:
         """``(B, S)`` bool, the tokens that count in the running batch; None: all of them.
@@ -207,8 +273,16 @@ class EPMQProcessor(GPTQProcessor):
             size = difference.size()
             if not math.isfinite(size):
                 self.experts.check(expert, member)
-                self._check_merged(task, task.merged_weight(device))
+                check_merged(task, task.merged_weight(device))
             return difference if size else None
+
+        def bias(member: str, expert: str) -> torch.Tensor | None:
+            task = tasks[member]
+            if not task.refits_bias:
+                return None
+            b_m = task.module.bias.detach().to(device, torch.float32)
+            difference = self.experts.bias(expert, member).to(b_m) - b_m
+            return difference if bool(difference.any()) else None
 
         columns = next(iter(tasks.values())).columns
         return GroupStatistics(
@@ -218,6 +292,8 @@ class EPMQProcessor(GPTQProcessor):
             device,
             weight=self.weighting.of,
             fold_once=self.weighting.needs_whole_gram,
+            form=self.form._replace(biases=any(task.refits_bias for task in tasks.values())),
+            bias=bias,
         )
 
     @staticmethod
@@ -238,6 +314,9 @@ class EPMQProcessor(GPTQProcessor):
         """After a subset's forward passes, before any rounding: λ, H_E, factor and W* per input."""
         groups, self._inputs = self._inputs, {}
         leaders, self._shared_input_leaders = self._shared_input_leaders, {}
+        for handle in self._taps:
+            handle.remove()
+        self._taps = []
         for group in groups.values():
             start = time.perf_counter()
             self._solve(group)
@@ -261,164 +340,35 @@ class EPMQProcessor(GPTQProcessor):
 
     def _solve(self, group: SharedInput) -> None:
         tasks = [self.tasks[name] for name in group.names]
-        statistics = self._reduced(group, tasks)
-        device = statistics.device
-        merged = {}
-        for task in tasks:
-            merged[task] = task.merged_weight(device)
-            # Nothing sensible can be made of a broken merge, whatever the policy.
-            self._check_merged(task, merged[task])
-            task.expect(
-                target="experts",
-                lam=0.0,
-                tokens=dict(statistics.tokens),
-                loss=None,
-                excess=None,
-                merge_excess=0.0,
-                seconds=0.0,
-            )
-        if group.error is not None:
-            if not isinstance(group.error, EPMQNumericalError):
-                raise group.error
-            for task in tasks:
-                self._mark_bad(task, group.error)
-            return
-        H = statistics.gram()
-        if statistics.total_tokens == 0 and all(self.is_routed(t.full_name) for t in tasks):
-            # The limit of eq. 12 where only the anchor is left: ‖Q − W_m‖².
-            H.fill_diagonal_(1.0)
-            for task in tasks:
-                self._keep_merged(task, "no calibration token was routed here")
-                task.aim(merged[task], H, tokens=1)
-            return
-        if not bool(H.diagonal().any()):
-            # Also where no token came at all: λ is 0 too, so nothing says how to round.
-            for task in tasks:
-                self._mark_bad(task, task.no_input(statistics.total_tokens))
-            return
-        D = {task: statistics.take_delta(task.full_name) for task in tasks}
-        if self.weighting.data_free:
-            # τ differs from layer to layer, so these have no Gram in common.
-            for task in tasks:
-                H_m, D[task] = self._with_data_free(task, merged[task], H, D[task])
-                self._aim_cohort([task], merged, D, statistics.total_tokens, H_m, task.alpha)
-            return
-        cohorts: dict[float, list[EPMQ]] = {}
-        for task in tasks:
-            cohorts.setdefault(task.alpha, []).append(task)
-        while cohorts:
-            alpha, cohort = cohorts.popitem()
-            H_E = H.clone() if cohorts else H
-            self._aim_cohort(cohort, merged, D, statistics.total_tokens, H_E, alpha)
-
-    def _with_data_free(
-        self, task: EPMQ, W_m: torch.Tensor, H: torch.Tensor, D: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``H`` and ``D_m`` of one layer with the experts that have no calibration rows."""
-        energy = float(H.diagonal().sum(dtype=torch.float64))
-        H_m = H.clone()
-        for expert, share in self.weighting.data_free.items():
-            task_vector = self.experts.task_vector(expert, task.full_name, H.device)
-            size = task_vector.size()
-            if not math.isfinite(size):
-                self.experts.check(expert, task.full_name)
-                check_finite(
-                    self.experts.base_weight(task.full_name),
-                    f"`base`: weight of `{task.full_name}`",
-                    module=task.full_name,
-                    code="EPMQ-F09",
-                )
-            if not size:
-                continue
-            C = data_free_gram(task_vector, share * energy)
-            H_m.add_(C)
-            difference = self.experts.delta(expert, task.full_name, W_m)
-            if difference.size():
-                D = torch.zeros_like(W_m) if D is None else D
-                difference.add_product_(D, C)
-        return H_m, D
-
-    @staticmethod
-    def _check_merged(task: EPMQ, W_m: torch.Tensor) -> None:
-        check_finite(
-            W_m,
-            f"`{task.full_name}`: the merged weight",
-            module=task.full_name,
-            code="EPMQ-F09",
-            remedy="Merge again, or quantize a merge that is finite.",
+        fitted = self._reduced(group, held_out=False)
+        if fitted is None:
+            fitted = self._statistics(group, torch.device(tasks[0].module.weight.device))
+        held_out = self._reduced(group, held_out=True)
+        self._solver.solve(
+            tasks, fitted, held_out, group.error, self._shared_input_capture_generation
         )
+        for task in tasks:
+            task.report.eta = self.form.eta if group.own_inputs else 0.0
+            task.report.rho = self.form.rho if task.full_name in group.written else 0.0
 
-    def _reduced(self, group: SharedInput, tasks: list[EPMQ]) -> GroupStatistics:
-        if not group.statistics:
-            device = torch.device(tasks[0].module.weight.device)
-            return self._statistics(group, device)
+    def _reduced(self, group: SharedInput, *, held_out: bool) -> GroupStatistics | None:
         # Always in the order of the devices' names, so that a rerun adds in the same order.
-        first, *others = (group.statistics[d] for d in sorted(group.statistics, key=str))
-        group.statistics = {}
+        found = {
+            str(device): s for (device, apart), s in group.statistics.items() if apart == held_out
+        }
+        if not found:
+            return None
+        first, *others = (found[device] for device in sorted(found))
         self._guarded(group, first.fold)
         for other in others:
             self._guarded(group, lambda other=other: first.merge_(other))
         return first
-
-    def _aim_cohort(
-        self,
-        tasks: list[EPMQ],
-        merged: dict[EPMQ, torch.Tensor],
-        deltas: dict[EPMQ, torch.Tensor | None],
-        tokens: int,
-        H: torch.Tensor,
-        alpha: float,
-    ) -> None:
-        """Give the layers of one input and one alpha their targets; ``H`` becomes ``H_E``."""
-        if alpha == 0.0:
-            rank = numerical_rank(H)
-            if rank < H.shape[0]:
-                raise EPMQNumericalError(
-                    f"`{tasks[0].full_name}`: alpha = 0 leaves the objective singular: the Gram "
-                    f"has rank {rank} of {H.shape[0]} (from {tokens} tokens).",
-                    module=tasks[0].full_name,
-                    code="EPMQ-F29",
-                    subject=f"module `{tasks[0].full_name}`",
-                    remedy="Set `alpha` above 0 or give more varied calibration rows.",
-                )
-        lam = anchor_strength(H, alpha)
-        L, info = torch.linalg.cholesky_ex(add_anchor_(H, lam))
-        if int(info) != 0:
-            for task in tasks:
-                self._mark_bad(task, task.not_positive_definite())
-            return
-        for task in tasks:
-            D = deltas.pop(task)
-            task.report.lam = lam
-            if self.is_routed(task.full_name) and should_use_fallback(
-                task.routed_threshold, float(tokens), self.total_calibration_tokens
-            ):
-                self._keep_merged(task, f"only {tokens} calibration tokens were routed here")
-                D = None
-            target = expert_target(merged.pop(task), D, L)
-            try:
-                check_finite(target.W, f"`{task.full_name}`: target W*", module=task.full_name)
-            except EPMQNumericalError as error:
-                self._mark_bad(task, error)
-                continue
-            task.report.merge_excess = target.merge_excess
-            task.aim(target.W, H, tokens)
-        if len(tasks) > 1:
-            cache = SharedHessianFactorCache(
-                self._shared_input_capture_generation, f"{tasks[0].name}@{alpha!r}"
-            )
-            for task in tasks:
-                task.attach_shared_hessian_cache(cache)
 
     def _mark_bad(self, task: EPMQ, error: EPMQNumericalError) -> None:
         """On the main thread: stop here, or let the task round its merged weight to nearest."""
         if self.qcfg.on_bad_module == "raise":
             raise error
         task.bad = error
-
-    @staticmethod
-    def _keep_merged(task: EPMQ, reason: str) -> None:
-        task.report.target, task.report.reason = "merged", reason
 
     # ---- rounding ----------------------------------------------------------------------------
 
@@ -433,3 +383,10 @@ class EPMQProcessor(GPTQProcessor):
                 self.failure = task.failure
         if first:
             self.stop_loop(task.failure)
+
+
+def _rows(X: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """``(n, d)``: the tokens of ``X: (..., d)`` that count; ``keep: (B, S)`` bool, or None."""
+    if torch.is_tensor(keep) and X.dim() >= 3 and keep.shape == X.shape[:2]:
+        X = X[keep.to(device=X.device, dtype=torch.bool)]
+    return X.detach().reshape(-1, X.shape[-1])

@@ -36,7 +36,12 @@ def provenance(
             "epmq_gptq": __version__,
             **{name: version(name) for name in ("gptqmodel", "torch", "transformers")},
         },
+        "profile": config.profile,
         "alpha": config.alpha,
+        "eta": config.eta,
+        "rho": config.rho,
+        "anchor": config.anchor,
+        "bias_refit": config.bias_refit,
         "on_bad_module": config.on_bad_module,
         "merged": _described(describe_source(merged.path), merged),
         "experts": [
@@ -59,13 +64,13 @@ def provenance(
         record["exceptions"] = [
             {"module": m.module, "target": m.target, "reason": m.reason} for m in report.exceptions
         ]
-    merge = _merge(merged.path)
+    merge = merge_record(merged.path)
     if merge:
         record["merge"] = merge
     return record
 
 
-def _merge(folder: Path) -> dict[str, Any]:
+def merge_record(folder: Path) -> dict[str, Any]:
     """How the merged model was made, as far as its folder says; {} where that is not usable."""
     # Files of strangers: what cannot be read must not cost a finished run.
     with contextlib.suppress(EPMQInputError):

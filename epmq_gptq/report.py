@@ -12,23 +12,30 @@ class ModuleReport:
 
     Attributes:
         module: full name.
-        target: ``"experts"`` (W*), ``"merged"`` (a routed module with too few tokens keeps W_m as
-            its target) or ``"rtn"`` (rounded to nearest by ``on_bad_module="rtn"``).
+        target: ``"experts"`` (W*), ``"merged"`` (a routed module with too few tokens, or a layer
+            for which nothing was better on the held-out rows, keeps W_m as its target) or ``"rtn"``
+            (rounded to nearest by ``on_bad_module="rtn"``).
         bits, group_size: of its codes.
-        alpha, lam: the anchor, λ = alpha · tr(H) / d (eq. 13).
+        alpha, lam: the anchor, λ = alpha · tr(H) / d (eq. 13); no alpha where, with
+            ``alpha="auto"``, no target was better than the merged weight.
         tokens: calibration tokens that reached it, per expert.
         loss: the host's loss: excess of eq. 12 per token, squared (None for RTN).
         excess: eq. 12 of the rounded weight minus its unquantized optimum (None for RTN).
         merge_excess: the same of the unrounded merged weight: what merging alone costs here.
         seconds: solving and rounding.
         reason: why ``target`` is not ``"experts"``.
+        eta, rho: the shares of the expert's own inputs and of the gap between the residual
+            streams in the target; 0 where the layer has none.
+        held_out: of ``alpha="auto"``: alpha → by how much the error on the held-out rows falls
+            below that of the merged weight, over the layers of this input.
+        bias_shift: norm of what was added to the bias, None where it stays.
     """
 
     module: str
     target: str
     bits: int
     group_size: int
-    alpha: float
+    alpha: float | None
     lam: float
     tokens: dict[str, int]
     loss: float | None
@@ -36,6 +43,10 @@ class ModuleReport:
     merge_excess: float
     seconds: float
     reason: str = ""
+    eta: float = 0.0
+    rho: float = 0.0
+    held_out: dict[str, float] = field(default_factory=dict)
+    bias_shift: float | None = None
 
 
 @dataclass

@@ -1,13 +1,19 @@
-"""Additive statistics of one shared input: what eq. 12 needs to know of the calibration data.
+"""Additive statistics of one shared input: what the objective needs to know of the calibration.
 
-For linear layers ``m`` that read the same input, with ``X_i`` the inputs that expert ``i``'s rows
-produce in the partially quantized merged model:
+For linear layers ``m`` that read the same input, with ``x`` the inputs that expert ``i``'s rows
+produce in the partially quantized merged model, ``z`` the inputs that the same rows produce in
+expert ``i`` itself, and ``T_i`` what layer ``m`` shall give:
 
-    H   = Σ_i H_i,  H_i = X_i X_iᵀ                        (eq. 14)
-    D_m = Σ_i (W_i,m − W_m) H_i                           (the delta form of eq. 15)
+    T_i = W_i (η z + (1 − η) x) + b_i  [+ ρ (r_i − r) where m writes to the residual stream]
+    H   = Σ_i Σ x xᵀ                                                             (eq. 14)
+    D_m = Σ_i Σ (T_i − b_m − W_m x) xᵀ
+        = Σ_i [(W_i − W_m) H_i + η W_i C_i + (b_i − b_m) s_iᵀ + ρ E_i]
+    H_i = Σ x xᵀ,  C_i = Σ (z − x) xᵀ,  s_i = Σ x,  E_i = Σ (r_i − r) xᵀ
 
-With weights per expert β_i both sums run over β_i H_i. All are plain sums over tokens and experts:
-statistics(A) + statistics(B) == statistics(A ∪ B), whatever the order. ``D`` and not
+η = ρ = 0 without biases is the paper: ``D_m = Σ (W_i − W_m) H_i`` (the delta form of eq. 15).
+
+With weights per expert β_i all sums run over β_i times their terms. All are plain sums over tokens
+and experts: statistics(A) + statistics(B) == statistics(A ∪ B), whatever the order. ``D`` and not
 ``R = Σ W_i H_i + λ W_m``, because it is 10–300x closer to float64 and exactly zero where an expert
 equals the merge.
 """
@@ -20,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from .errors import EPMQInputError, EPMQNumericalError
-from .kernels.gram import torch_gram_update
+from .kernels.gram import torch_cross_update, torch_gram_update
 
 # Rows of a low-rank difference that are built at once.
 _ROWS = 1024
@@ -57,8 +63,45 @@ class WeightDelta(NamedTuple):
 
 # (member, expert) -> W_expert − W_m of that member, or None where it is exactly zero.
 ReadDelta = Callable[[str, str], WeightDelta | None]
+# (member, expert) -> b_expert − b_m of that member, (out,) fp32, or None where it is zero.
+ReadBias = Callable[[str, str], torch.Tensor | None]
 # (expert, H_i) -> β_i. See `EPMQConfig.weighting`.
 Weight = Callable[[str, torch.Tensor], float]
+
+
+class TargetForm(NamedTuple):
+    """Which T_i the sums are for.
+
+    Attributes:
+        eta: share of the expert's own inputs z in the target; 0 needs no z.
+        rho: share of the gap between the residual streams; 0 needs no r.
+        biases: count b_i − b_m, and keep what a bias is refitted from.
+    """
+
+    eta: float = 0.0
+    rho: float = 0.0
+    biases: bool = False
+
+
+PAPER = TargetForm()
+
+
+class Moments(NamedTuple):
+    """What is left of the calibration of one linear layer; everything fp32 and weighted by β_i.
+
+    Attributes:
+        H: ``(d, d)`` Σ x xᵀ, shared by the layers of one input.
+        D: ``(out, d)`` Σ (T − b_m − W_m x) xᵀ, or None where it is exactly zero.
+        inputs: ``(d,)`` Σ x, or None where no bias is wanted.
+        outputs: ``(out,)`` Σ (T − b_m − W_m x), or None likewise.
+        count: Σ β_i n_i.
+    """
+
+    H: torch.Tensor
+    D: torch.Tensor | None
+    inputs: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
+    count: float = 0.0
 
 
 def data_free_gram(task_vector: WeightDelta, energy: float) -> torch.Tensor:
@@ -89,12 +132,56 @@ def data_free_gram(task_vector: WeightDelta, energy: float) -> torch.Tensor:
     return C.mul_(energy / trace) if trace > 0 else C.zero_()
 
 
+class _Sums:
+    """Sums over tokens of one shared input, of one expert or of all; what is unused is None.
+
+    Attributes:
+        H, C: ``(d, d)`` Σ x xᵀ and Σ (z − x) xᵀ.
+        s, t: ``(d,)`` Σ x and Σ (z − x).
+        count: tokens.
+    """
+
+    def __init__(self) -> None:
+        self.H: torch.Tensor | None = None
+        self.C: torch.Tensor | None = None
+        self.s: torch.Tensor | None = None
+        self.t: torch.Tensor | None = None
+        self.count = 0.0
+
+    _TENSORS = ("H", "C", "s", "t")
+
+    def scale_(self, factor: float) -> None:
+        """Multiply everything."""
+        for name in self._TENSORS:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                tensor.mul_(factor)
+        self.count *= factor
+
+    def take_(self, other: _Sums, device: torch.device) -> None:
+        """Add ``other``; what is new here becomes ours without a copy."""
+        for name in self._TENSORS:
+            setattr(self, name, _sum(getattr(self, name), getattr(other, name), device))
+        self.count += other.count
+
+
+def _sum(
+    mine: torch.Tensor | None, theirs: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    if theirs is None:
+        return mine
+    theirs = theirs.to(device)
+    return theirs if mine is None else mine.add_(theirs)
+
+
 class GroupStatistics:
     """``H`` and every ``D_m`` of linear layers that share one input, on one device.
 
     Holds one ``(d, d)`` Gram of the current expert, one ``(d, d)`` sum, and one ``(out, d)`` buffer
-    per member, all fp32, however many experts there are. Feeding the experts one after the other
-    costs one fold each; any other order gives the same sums with more folds.
+    per member, all fp32, however many experts there are; with η as much again for the ``C_i``, and
+    with ρ one more ``(out, d)`` buffer for each member that writes to the residual stream. Feeding
+    the experts one after the other costs one fold each; any other order gives the same sums with
+    more folds.
 
     Args:
         columns: d, the width of the shared input.
@@ -103,6 +190,8 @@ class GroupStatistics:
         device: where the sums live.
         weight: β_i, asked once per fold; None for 1 (raw sums, as in the paper).
         fold_once: β_i depends on the whole of ``H_i``, so a second fold of an expert is an error.
+        form: which targets; the paper's by default.
+        bias: reads ``b_i − b_m``, where ``form.biases``.
     """
 
     def __init__(
@@ -114,58 +203,150 @@ class GroupStatistics:
         *,
         weight: Weight | None = None,
         fold_once: bool = False,
+        form: TargetForm = PAPER,
+        bias: ReadBias | None = None,
     ):
         self.columns = columns
         self.members = dict(members)
         self.device = torch.device(device)
+        self.form = form
         self.tokens: dict[str, int] = {}
         self.folds = 0
         self._delta = delta
+        self._bias = bias
         self._weight = weight
         self._fold_once = fold_once
         self._folded: set[str] = set()
         self._expert: str | None = None
-        self._current: torch.Tensor | None = None
         self._pending = 0
-        self._total: torch.Tensor | None = None
+        self._current = _Sums()
+        self._total = _Sums()
+        self._gaps: dict[str, torch.Tensor] = {}  # member -> E_i of the current expert
+        self._gap_sums: dict[str, torch.Tensor] = {}  # member -> Σ (r_i − r) of it
         self._deltas: dict[str, torch.Tensor] = {}
+        self._outputs: dict[str, torch.Tensor] = {}
 
     @property
     def total_tokens(self) -> int:
         """Tokens seen so far, over all experts."""
         return sum(self.tokens.values())
 
-    def add(self, expert: str, X: torch.Tensor) -> None:
-        """Count the rows ``X: (n, d)`` as inputs of ``expert``."""
+    # ---- counting ----------------------------------------------------------------------------
+
+    def add(
+        self,
+        expert: str,
+        X: torch.Tensor,
+        Z: torch.Tensor | None = None,
+        gaps: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Count the rows ``X: (n, d)`` as inputs of ``expert``.
+
+        Args:
+            Z: ``(n, d)`` the same tokens in the expert's own pass; None where they are ``X``.
+            gaps: member → ``(n, out)`` r_i − r, of those that write to the residual stream.
+        """
         if X.shape[0] == 0:
             return
         if expert != self._expert:
             self.fold()
             self._expert = expert
-        if self._current is None:
-            self._current = self._zeros(self.columns, self.columns)
-        torch_gram_update(self._current, X)
+        current = self._current
+        if current.H is None:
+            current.H = self._zeros(self.columns, self.columns)
+        torch_gram_update(current.H, X)
+        if self.form.biases:
+            total = X.sum(0, dtype=torch.float32)
+            current.s = total if current.s is None else current.s.add_(total)
+        if self.form.eta and Z is not None:
+            self._add_cross(current, X, Z)
+        for member, gap in (gaps or {}).items() if self.form.rho else ():
+            self._add_gap(member, gap, X)
+        current.count += X.shape[0]
         self._pending += X.shape[0]
         self.tokens[expert] = self.tokens.get(expert, 0) + X.shape[0]
 
+    def _add_cross(self, current: _Sums, X: torch.Tensor, Z: torch.Tensor) -> None:
+        # The difference first: H_i would cancel most of Σ z xᵀ.
+        ahead = Z.to(torch.float32) - X
+        if current.C is None:
+            current.C = self._zeros(self.columns, self.columns)
+        torch_cross_update(current.C, ahead, X)
+        if self.form.biases:
+            total = ahead.sum(0)
+            current.t = total if current.t is None else current.t.add_(total)
+
+    def _add_gap(self, member: str, gap: torch.Tensor, X: torch.Tensor) -> None:
+        E = self._gaps.get(member)
+        if E is None:
+            E = self._gaps[member] = self._zeros(self.members[member], self.columns)
+        torch_cross_update(E, gap, X)
+        if self.form.biases:
+            total = gap.sum(0, dtype=torch.float32)
+            self._gap_sums[member] = _sum(self._gap_sums.get(member), total, self.device)
+
     def fold(self) -> None:
-        """Move the current expert's Gram into the sums; nothing happens where there is none.
+        """Move the current expert's sums into the totals; nothing happens where there are none.
 
         Raises:
             EPMQNumericalError: the Gram is not finite, so some activation (or its square) is not.
         """
         if self._pending == 0:
             return
-        expert, H_i = self._expert, self._current
-        assert expert is not None and H_i is not None
+        expert, current = self._expert, self._current
+        assert expert is not None and current.H is not None
+        self._check_finite(expert)
+        self._count_fold(expert)
+        if self._weight is not None:
+            factor = self._weight(expert, current.H)
+            current.scale_(factor)
+            for tensor in (*self._gaps.values(), *self._gap_sums.values()):
+                tensor.mul_(factor)
+        for member in self.members:
+            self._fold_member(member, expert, current)
+        # The first expert's Gram becomes the sum: one buffer less until a second one comes.
+        self._total.take_(current, self.device)
+        self._current = _Sums()
+        self._gaps, self._gap_sums = {}, {}
+        self._expert, self._pending = None, 0
+        self.folds += 1
+
+    def _fold_member(self, member: str, expert: str, current: _Sums) -> None:
+        form, delta = self.form, self._delta(member, expert)
+        if delta is not None:
+            moved = current.H
+            if current.C is not None:
+                # W_i = (W_i − W_m) + W_m: the second part is the same for all experts, see `take`.
+                moved = torch.add(current.H, current.C, alpha=form.eta)
+            delta.add_product_(self._buffer(member), moved)
+            if form.biases:
+                vector = current.s
+                if current.t is not None:
+                    vector = torch.add(current.s, current.t, alpha=form.eta)
+                delta.add_product_(self._output(member)[:, None], vector[:, None])
+        gap = self._gaps.get(member)
+        if gap is not None:
+            self._buffer(member).add_(gap, alpha=form.rho)
+            if form.biases:
+                self._output(member).add_(self._gap_sums[member], alpha=form.rho)
+        b = self._bias(member, expert) if form.biases and self._bias is not None else None
+        if b is not None:
+            self._buffer(member).addr_(b, current.s)
+            self._output(member).add_(b, alpha=current.count)
+
+    def _check_finite(self, expert: str) -> None:
         # Entry jj is a sum of squares: any non-finite activation of channel j shows there, and
         # d entries are read instead of d².
-        finite = torch.isfinite(H_i.diagonal())
+        finite = torch.isfinite(self._current.H.diagonal())
+        where = "the activations at the input"
+        if bool(finite.all()) and self._current.C is not None:
+            finite = torch.isfinite(self._current.C.sum(1))
+            where = "in that expert's own pass, the activations at the input"
         if not bool(finite.all()):
             channel = int((~finite).nonzero()[0])
             module = next(iter(self.members))
             raise EPMQNumericalError(
-                f"expert `{expert}`: the activations at the input of `{module}` are not finite "
+                f"expert `{expert}`: {where} of `{module}` are not finite "
                 f"({int((~finite).sum())} of {self.columns} channels, the first is {channel}).",
                 module=module,
                 expert=expert,
@@ -174,25 +355,6 @@ class GroupStatistics:
                 remedy="Check that expert's calibration rows and the merged weights of earlier "
                 "layers; load in bfloat16 or float32 if float16 overflowed.",
             )
-        self._count_fold(expert)
-        if self._weight is not None:
-            H_i.mul_(self._weight(expert, H_i))
-        for member, rows in self.members.items():
-            delta = self._delta(member, expert)
-            if delta is None:
-                continue
-            D = self._deltas.get(member)
-            if D is None:
-                D = self._deltas[member] = self._zeros(rows, self.columns)
-            delta.add_product_(D, H_i)
-        if self._total is None:
-            # The first expert's Gram becomes the sum: one buffer less until a second one comes.
-            self._total, self._current = H_i, None
-        else:
-            self._total.add_(H_i)
-            H_i.zero_()
-        self._expert, self._pending = None, 0
-        self.folds += 1
 
     def merge_(self, other: GroupStatistics) -> None:
         """Add what ``other`` counted (same members, any device), emptying it."""
@@ -201,14 +363,15 @@ class GroupStatistics:
         other.fold()
         for expert in other._folded:
             self._count_fold(expert)
-        if other._total is not None:
-            self._total = self._sum(self._total, other._total)
-        for member, D in other._deltas.items():
-            self._deltas[member] = self._sum(self._deltas.get(member), D)
+        self._total.take_(other._total, self.device)
+        for mine, theirs in ((self._deltas, other._deltas), (self._outputs, other._outputs)):
+            for member, tensor in theirs.items():
+                mine[member] = _sum(mine.get(member), tensor, self.device)
         for expert, tokens in other.tokens.items():
             self.tokens[expert] = self.tokens.get(expert, 0) + tokens
         self.folds += other.folds
-        other._total, other._deltas, other.tokens, other._folded = None, {}, {}, set()
+        other._total, other._deltas, other._outputs = _Sums(), {}, {}
+        other.tokens, other._folded = {}, set()
 
     def _count_fold(self, expert: str) -> None:
         if self._fold_once and expert in self._folded:
@@ -221,21 +384,49 @@ class GroupStatistics:
             )
         self._folded.add(expert)
 
+    # ---- results -----------------------------------------------------------------------------
+
     def gram(self) -> torch.Tensor:
         """``H: (d, d)`` fp32, zero where nothing was counted. The statistics give it away."""
         self.fold()
-        self._current = None
-        total, self._total = self._total, None
+        total, self._total.H = self._total.H, None
         return self._zeros(self.columns, self.columns) if total is None else total
 
-    def take_delta(self, member: str) -> torch.Tensor | None:
-        """``D_m: (out, d)`` fp32, or None where it is exactly zero. Given away, as the Gram is."""
+    def take_delta(self, member: str, W_m: torch.Tensor | None = None) -> torch.Tensor | None:
+        """``D_m: (out, d)`` fp32, or None where it is exactly zero. Given away, as the Gram is.
+
+        Args:
+            W_m: ``(out, d)`` fp32 the merged weight, needed where η is not 0.
+        """
         self.fold()
-        return self._deltas.pop(member, None)
+        D, C = self._deltas.pop(member, None), self._total.C
+        if C is not None:
+            D = torch.zeros_like(W_m) if D is None else D
+            D.addmm_(W_m, C, alpha=self.form.eta)
+        return D
+
+    def take(self, member: str, H: torch.Tensor, W_m: torch.Tensor) -> Moments:
+        """All that is known of one member, ``H`` being :meth:`gram`."""
+        D = self.take_delta(member, W_m)
+        if not self.form.biases:
+            return Moments(H, D, count=self._total.count)
+        outputs, t = self._outputs.pop(member, None), self._total.t
+        if outputs is None:
+            outputs = self._zeros(self.members[member])
+        if t is not None:
+            outputs = outputs.add_(W_m @ t, alpha=self.form.eta)
+        inputs = self._zeros(self.columns) if self._total.s is None else self._total.s
+        return Moments(H, D, inputs, outputs, self._total.count)
+
+    def _buffer(self, member: str) -> torch.Tensor:
+        if member not in self._deltas:
+            self._deltas[member] = self._zeros(self.members[member], self.columns)
+        return self._deltas[member]
+
+    def _output(self, member: str) -> torch.Tensor:
+        if member not in self._outputs:
+            self._outputs[member] = self._zeros(self.members[member])
+        return self._outputs[member]
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
-
-    def _sum(self, mine: torch.Tensor | None, theirs: torch.Tensor) -> torch.Tensor:
-        theirs = theirs.to(self.device)
-        return theirs if mine is None else mine.add_(theirs)

@@ -4,7 +4,9 @@
       = min_Q tr[(Q − W*) H_E (Q − W*)ᵀ] + const,
     H_E = H + λ I,  λ = α tr(H) / d,  W* = W_m + D H_E⁻¹             (eq. 13, 15, 20)
 
-so GPTQ's rounding of ``W*`` with curvature ``H_E`` solves eq. 12, and λ is GPTQ's damping.
+so GPTQ's rounding of ``W*`` with curvature ``H_E`` solves eq. 12, and λ is GPTQ's damping. With
+other targets T_i than W_i x only ``D`` differs (``statistics.py``), and with another anchor only
+what is added to the diagonal.
 """
 
 from __future__ import annotations
@@ -13,16 +15,72 @@ from typing import NamedTuple
 
 import torch
 
+from .statistics import Moments
+
+ANCHORS = ("identity", "channel")
+
 
 def anchor_strength(H: torch.Tensor, alpha: float) -> float:
     """λ = α tr(H) / d (eq. 13). ``H: (d, d)``."""
     return alpha * float(H.diagonal().sum(dtype=torch.float64)) / H.shape[0]
 
 
-def add_anchor_(H: torch.Tensor, lam: float) -> torch.Tensor:
-    """``H_E = H + λ I`` in place (eq. 15). Returns ``H``."""
-    H.diagonal().add_(lam)
+def add_anchor_(H: torch.Tensor, lam: float, kind: str = "identity") -> torch.Tensor:
+    """``H_E = H + λ A`` in place (eq. 15). Returns ``H``.
+
+    Args:
+        kind: ``"identity"``: A = I, the paper's. ``"channel"``: A = diag(H) d / tr(H), which is the
+            same pull relative to each channel's energy, whatever the scaling of the inputs; a
+            channel without any keeps A = 1.
+    """
+    diagonal = H.diagonal()
+    if kind == "channel":
+        mean = diagonal.sum(dtype=torch.float64) / H.shape[0]
+        share = torch.where(diagonal > 0, diagonal / mean.to(H.dtype), torch.ones_like(diagonal))
+        diagonal.add_(share, alpha=lam)
+    else:
+        diagonal.add_(lam)
     return H
+
+
+def centred(moments: Moments) -> Moments:
+    """The moments around the mean input, for a layer whose bias is fitted as well.
+
+    With b free, Σ ‖Q x + b − T‖² is least at b = mean(T − Q x), and what is left of it as a
+    function of Q has ``H − s sᵀ/n`` and ``D − d sᵀ/n`` for H and D, s and d being the sums of x and
+    of T − b_m − W_m x.
+    """
+    H, D, s, d, n = moments
+    D = torch.zeros(d.shape[0], H.shape[0], device=H.device) if D is None else D
+    return Moments(torch.addr(H, s, s, alpha=-1 / n), torch.addr(D, d, s, alpha=-1 / n), s, d, n)
+
+
+def bias_shift(change: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """b − b_m: the mean over the tokens of what the weights leave, ``(out,)``.
+
+    Args:
+        change: ``(out, d)`` Q − W_m.
+        moments: with ``inputs`` and ``outputs``.
+    """
+    return (moments.outputs - change @ moments.inputs) / moments.count
+
+
+def gain(change: torch.Tensor, shift: torch.Tensor | None, moments: Moments) -> float:
+    """How much Σ ‖Q x + b − T‖² falls when W_m, b_m become W_m + change, b_m + shift.
+
+    Args:
+        change: ``(out, d)``.
+        shift: ``(out,)``, or None where the bias stays.
+        moments: of other tokens than ``change`` was fitted to: a held-out gain.
+    """
+    H, D, s, d, n = moments
+    cross = 0.0 if D is None else float((change * D).sum(dtype=torch.float64))
+    square = float(((change @ H) * change).sum(dtype=torch.float64))
+    if shift is not None:
+        cross += float((shift * d).sum(dtype=torch.float64))
+        moved = change @ s
+        square += float((shift * (2 * moved + n * shift)).sum(dtype=torch.float64))
+    return 2 * cross - square
 
 
 def numerical_rank(H: torch.Tensor) -> int:

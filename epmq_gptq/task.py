@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
+import transformers
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.config import FallbackStrategy
 from gptqmodel.quantization.gptq import GPTQ
@@ -15,6 +17,21 @@ from gptqmodel.quantization.gptq import GPTQ
 from .errors import EPMQNumericalError
 from .experts import check_finite
 from .report import ModuleReport
+from .statistics import Moments
+
+
+class BiasAim(NamedTuple):
+    """What a bias is fitted to: b − b_m is the mean of ``outputs / count`` less what Q gives.
+
+    Attributes:
+        outputs: ``(out,)`` Σ (T − b_m).
+        inputs: ``(d,)`` Σ x.
+        count: of tokens.
+    """
+
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+    count: float
 
 
 class EPMQ(GPTQ):
@@ -26,7 +43,8 @@ class EPMQ(GPTQ):
     def __init__(self, module: NamedModule, qcfg, region_timer=None):
         super().__init__(module=module, qcfg=qcfg, region_timer=region_timer)
         self.full_name: str = module.full_name
-        self.alpha: float = qcfg.alpha_for(module.full_name)
+        self.alpha: float | str = qcfg.alpha_for(module.full_name)
+        self.refits_bias: bool = qcfg.bias_refit and getattr(self.module, "bias", None) is not None
         # The host's fallback rounds W_m to nearest and says so in a log line at most. What cannot
         # be done as asked is decided here, by `on_bad_module`.
         self.routed_threshold = qcfg.fallback
@@ -34,19 +52,26 @@ class EPMQ(GPTQ):
         self.bad: EPMQNumericalError | None = None  # why this layer cannot be rounded as asked
         self.failure: EPMQNumericalError | None = None  # why the run must stop
         self.report: ModuleReport | None = None
+        self._bias: BiasAim | None = None
 
     def merged_weight(self, device: torch.device) -> torch.Tensor:
         """``W_m: (out, in)`` fp32 on ``device``, a copy."""
         return self.clone_module(device=device)
 
-    def expect(self, **numbers) -> None:
-        """Start the report of this layer."""
+    def expect(self, tokens: dict[str, int]) -> None:
+        """Start the report of this layer, which so many calibration tokens per expert reached."""
         self.report = ModuleReport(
             module=self.full_name,
             bits=int(self.qcfg.bits),
             group_size=int(self.qcfg.group_size),
-            alpha=self.alpha,
-            **numbers,
+            alpha=None if self.alpha == "auto" else self.alpha,
+            target="experts",
+            lam=0.0,
+            tokens=dict(tokens),
+            loss=None,
+            excess=None,
+            merge_excess=0.0,
+            seconds=0.0,
         )
 
     def aim(self, W_target: torch.Tensor, H_E: torch.Tensor, tokens: int) -> None:
@@ -56,6 +81,25 @@ class EPMQ(GPTQ):
         self.module_copy = W_target
         self.nsamples = tokens
         self._hessian_dirty = False
+
+    def aim_bias(self, W_m: torch.Tensor, moments: Moments) -> None:
+        """Fit the bias as well, once the weight is rounded; ``W_m: (out, d)`` and its moments."""
+        # Σ (T − b_m − Q x) = Σ (T − b_m − W_m x) + W_m s − Q s, so W_m need not be kept.
+        self._bias = BiasAim(moments.outputs + W_m @ moments.inputs, moments.inputs, moments.count)
+
+    def _refit_bias(self, Q: torch.Tensor) -> None:
+        if self._bias is None:
+            return
+        aim, self._bias = self._bias, None
+        Q = Q.T if isinstance(self.module, transformers.Conv1D) else Q
+        shift = (aim.outputs - Q.to(aim.inputs) @ aim.inputs) / aim.count
+        bias = self.module.bias
+        before = bias.detach().to(shift)
+        moved = before + shift
+        # Stored in half precision, as scales are.
+        check_finite(moved.to(torch.float16), f"`{self.full_name}`: bias", module=self.full_name)
+        bias.data = moved.to(bias)
+        self.report.bias_shift = float(shift.norm())
 
     def hessian_inverse(self, H: torch.Tensor):
         """The host's factor, without its silent repairs of the diagonal.
@@ -77,7 +121,7 @@ class EPMQ(GPTQ):
         """The error for a curvature that cannot be factorised as it stands."""
         return EPMQNumericalError(
             f"`{self.full_name}`: the curvature H + λI is not positive definite in fp32 at alpha="
-            f"{self.alpha:g}.",
+            f"{self.alpha if self.report.alpha is None else self.report.alpha}.",
             module=self.full_name,
             code="EPMQ-F30",
             subject=f"module `{self.full_name}`",
@@ -138,6 +182,7 @@ class EPMQ(GPTQ):
         # Σ Losses is ½ tr[(Q − W*) (2/n) H_E (Q − W*)ᵀ], and the host divides it by n once more.
         self.report.loss = float(loss)
         self.report.excess = float(loss) * tokens * tokens
+        self._refit_bias(Q)
         return result
 
     def _round_to_nearest(self, blocksize: int):

@@ -1,4 +1,4 @@
-"""The Gram update ``H += Xᵀ X``: the reference that every faster version must agree with."""
+"""The updates ``H += Xᵀ X`` and ``C += Yᵀ X``: what every faster version must agree with."""
 
 from __future__ import annotations
 
@@ -17,3 +17,14 @@ def torch_gram_update(H: torch.Tensor, X: torch.Tensor) -> None:
     """
     X = X.to(torch.float32)
     H.addmm_(X.t(), X)
+
+
+def torch_cross_update(C: torch.Tensor, Y: torch.Tensor, X: torch.Tensor) -> None:
+    """Add the products of two views of one batch, in place: ``C += Yᵀ X``.
+
+    Args:
+        C: ``(k, d)`` fp32.
+        Y: ``(n, k)`` floating; one row per token.
+        X: ``(n, d)`` floating; the same tokens.
+    """
+    C.addmm_(Y.to(torch.float32).t(), X.to(torch.float32))

@@ -168,7 +168,9 @@ def test_quantizing_with_an_adapter_is_quantizing_with_the_expert_it_makes(tmp_p
     outcomes = {}
     for form in ("adapter", "full"):
         experts = {"a": paths["expert0"], "b": tmp_path / form}
-        loaded = tiny.load(merged, EPMQConfig(group_size=32, experts=experts, alpha=0.1))
+        loaded = tiny.load(
+            merged, EPMQConfig(profile="paper", group_size=32, experts=experts, alpha=0.1)
+        )
         outcomes[form] = loaded.quantize(rows, batch_size=3)["epmq"]
         loaded.save(str(tmp_path / f"out-{form}"))
     for one, other in zip(outcomes["adapter"].modules, outcomes["full"].modules, strict=True):

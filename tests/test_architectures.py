@@ -139,7 +139,9 @@ class Case:
         self.rows = {
             name: tiny.rows(6 + index, 50, seed=index) for index, name in enumerate(self.experts)
         }
-        config = EPMQConfig(bits=8, group_size=GROUP, experts=self.experts, alpha=ALPHA)
+        config = EPMQConfig(
+            profile="paper", bits=8, group_size=GROUP, experts=self.experts, alpha=ALPHA
+        )
         model = tiny.load(self.merged, config)
         self.report = model.quantize(self.rows, batch_size=3)["epmq"]
         self.out = folder / "out"

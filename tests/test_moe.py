@@ -49,7 +49,7 @@ def family(model, tmp_path):
 
 
 def quantize(merged, experts, rows, bits=4, **options):
-    config = EPMQConfig(bits=bits, group_size=32, experts=experts, alpha=0.1)
+    config = EPMQConfig(profile="paper", bits=bits, group_size=32, experts=experts, alpha=0.1)
     model = tiny.load(merged, config)
     return model, model.quantize(rows, **options)["epmq"]
 
@@ -100,7 +100,12 @@ def test_a_routed_module_with_few_tokens_keeps_the_merged_weight_as_its_target(t
     merged, experts = family(qwen2_moe(), tmp_path)
     rows = {name: tiny.rows(6, 40, seed=index) for index, name in enumerate(experts)}
     config = EPMQConfig(
-        bits=4, group_size=32, experts=experts, alpha=0.1, fallback={"threshold": 100}
+        profile="paper",
+        bits=4,
+        group_size=32,
+        experts=experts,
+        alpha=0.1,
+        fallback={"threshold": 100},
     )
     model = tiny.load(merged, config)
     report = model.quantize(rows)["epmq"]

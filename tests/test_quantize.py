@@ -47,7 +47,9 @@ class Case:
             for index, name in enumerate(self.experts)
         }
         self.out = folder / "epmq"
-        config = EPMQConfig(bits=BITS, group_size=GROUP, experts=self.experts, alpha=ALPHA)
+        config = EPMQConfig(
+            profile="paper", bits=BITS, group_size=GROUP, experts=self.experts, alpha=ALPHA
+        )
         self.result = run(self.merged, config, self.rows, self.out)
         self.report = self.result["epmq"]
         self.weights = dequantized(self.out)
@@ -153,13 +155,16 @@ def test_the_rounding_factorises_once_per_shared_input(case, tmp_path, monkeypat
         return host_inverse(self, H)
 
     monkeypatch.setattr(GPTQ, "hessian_inverse", counted)
-    config = EPMQConfig(bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA)
+    config = EPMQConfig(
+        profile="paper", bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA
+    )
     run(case.merged, config, case.rows, tmp_path / "out")
     assert len(factorised) == 2 * 4  # qkv, o, gate and up, down
 
 
 def test_without_sharing_the_result_is_the_same_bit_for_bit(case, tmp_path):
     config = EPMQConfig(
+        profile="paper",
         bits=BITS,
         group_size=GROUP,
         experts=case.experts,
@@ -175,7 +180,9 @@ def test_without_sharing_the_result_is_the_same_bit_for_bit(case, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batch_size_does_not_matter(case, tmp_path, batch_size):
-    config = EPMQConfig(bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA)
+    config = EPMQConfig(
+        profile="paper", bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA
+    )
     rows = {name: list(reversed(rows)) for name, rows in case.rows.items()}
     report = run(case.merged, config, rows, tmp_path / "out", batch_size=batch_size)["epmq"]
     expected, got = codes(case.out), codes(tmp_path / "out")
@@ -196,7 +203,9 @@ def test_rows_of_different_lengths_leave_no_trace_of_padding(case, tmp_path):
     }
     lams = []
     for batch_size in (1, 8):
-        config = EPMQConfig(bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA)
+        config = EPMQConfig(
+            profile="paper", bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA
+        )
         model = tiny.load(case.merged, config)
         report = model.quantize(ragged, batch_size=batch_size)["epmq"]
         lams.append([m.lam for m in report.modules[:3]])
@@ -220,7 +229,9 @@ def single(tmp_path_factory):
 @pytest.mark.parametrize("order", [{"act_group_aware": True}, {"desc_act": True}])
 def test_one_expert_equal_to_the_merge_is_the_hosts_gptq_on_h_plus_lambda(single, tmp_path, order):
     merged, rows = single
-    ours = EPMQConfig(bits=4, group_size=32, experts={"only": merged}, alpha=0.05, **order)
+    ours = EPMQConfig(
+        profile="paper", bits=4, group_size=32, experts={"only": merged}, alpha=0.05, **order
+    )
     report = run(merged, ours, {"only": rows}, tmp_path / "ours")["epmq"]
     # The host damps with damp_percent · mean(diag H): the same λ.
     host = GPTQConfig(bits=4, group_size=32, damp_percent=0.05, **order)
@@ -236,10 +247,12 @@ def test_one_expert_equal_to_the_merge_is_the_hosts_gptq_on_h_plus_lambda(single
 def test_experts_equal_to_the_merge_give_no_delta_and_the_result_of_one(single, tmp_path):
     merged, rows = single
     experts = {"a": merged, "b": merged}
-    config = EPMQConfig(bits=4, group_size=32, experts=experts, alpha=0.05, allow_duplicates=True)
+    config = EPMQConfig(
+        profile="paper", bits=4, group_size=32, experts=experts, alpha=0.05, allow_duplicates=True
+    )
     report = run(merged, config, {"a": rows[:5], "b": rows[5:]}, tmp_path / "two")["epmq"]
     assert report.merge_excess == 0.0  # D = 0 exactly
-    config = EPMQConfig(bits=4, group_size=32, experts={"a": merged}, alpha=0.05)
+    config = EPMQConfig(profile="paper", bits=4, group_size=32, experts={"a": merged}, alpha=0.05)
     run(merged, config, {"a": rows}, tmp_path / "one")
     # The Gram is the same sum, added up in another order.
     assert differing(tmp_path / "one", tmp_path / "two") <= 0.01
@@ -247,18 +260,21 @@ def test_experts_equal_to_the_merge_give_no_delta_and_the_result_of_one(single, 
 
 @pytest.mark.parametrize(("alpha", "share"), [(1e6, 3e-3), (1e8, 0.0)])
 def test_a_huge_alpha_gives_the_hosts_gptq_of_the_merge(case, tmp_path, alpha, share):
-    config = EPMQConfig(bits=4, group_size=32, experts=case.experts, alpha=alpha)
+    config = EPMQConfig(profile="paper", bits=4, group_size=32, experts=case.experts, alpha=alpha)
     run(case.merged, config, case.rows, tmp_path / "experts")
     # The host's GPTQ on H + λI: the same run with the merge in every expert's place. W* is still
     # (d / alpha) of the way to the experts along H's first direction, which tips a few codes.
     same = dict.fromkeys(case.experts, case.merged)
-    config = EPMQConfig(bits=4, group_size=32, experts=same, alpha=alpha, allow_duplicates=True)
+    config = EPMQConfig(
+        profile="paper", bits=4, group_size=32, experts=same, alpha=alpha, allow_duplicates=True
+    )
     run(case.merged, config, case.rows, tmp_path / "merge")
     assert differing(tmp_path / "merge", tmp_path / "experts") <= share
 
 
 def test_alpha_pattern_sets_a_layers_own_anchor(case, tmp_path):
     config = EPMQConfig(
+        profile="paper",
         bits=BITS,
         group_size=GROUP,
         experts=case.experts,
@@ -305,7 +321,7 @@ def test_alpha_pattern_sets_a_layers_own_anchor(case, tmp_path):
     ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items())[:60],
 )
 def test_options_of_the_host_still_work(case, tmp_path, options):
-    config = EPMQConfig(experts=case.experts, alpha=ALPHA, **options)
+    config = EPMQConfig(profile="paper", experts=case.experts, alpha=ALPHA, **options)
     report = run(case.merged, config, case.rows, tmp_path / "out")["epmq"]
     loaded = tiny.reload(tmp_path / "out")
     names = [m.module for m in report.modules]

@@ -26,7 +26,7 @@ def run(family, out, **options):
     merged, experts, _, rows = family
     rows = {name: rows[name] for name in rows if name not in options.get("data_free", [])}
     options = {"group_size": 32, "experts": experts, "alpha": ALPHA} | options
-    model = tiny.load(merged, EPMQConfig(**options))
+    model = tiny.load(merged, EPMQConfig(profile="paper", **options))
     report = model.quantize(rows, batch_size=2)["epmq"]
     model.save(str(out))
     return {m.module: m for m in report.modules}, report

@@ -59,7 +59,7 @@ def quantize(
         options = {"backend": BACKEND.AWQ_TORCH}
     else:
         folders = {task: str(folder) for task, folder in experts.items()}
-        config = EPMQConfig(**common, experts=folders, alpha=wanted.alpha)
+        config = EPMQConfig(profile="paper", **common, experts=folders, alpha=wanted.alpha)
         data = {task: list(rows[task]) for task in experts}
     model = GPTQModel.load(str(merged), config, dtype=dtype, device=wanted.device)
     start = time.perf_counter()

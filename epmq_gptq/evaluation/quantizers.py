@@ -67,7 +67,7 @@ def host_config(method: str, experts: Mapping[str, Path], settings: QuantizeSett
     if method == "E-PMQ":
         named = {name: str(path) for name, path in experts.items()}
         options = dict(settings.options or {})
-        return EPMQConfig(**common, experts=named, alpha=settings.alpha, **options)
+        return EPMQConfig(**common, experts=named, **({"alpha": settings.alpha} | options))
     return {"RTN": RTNConfig, "GPTQ": GPTQConfig, "AWQ": AWQConfig}[method](**common)
 
 

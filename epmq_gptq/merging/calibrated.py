@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..errors import EPMQInputError
+from ..layer_walk import InputGram, InputGrams, LayerWalk
+from ..skeleton import LayerStack, Skeleton, weight_of
 from .inputs import Inputs
-from .layer_walk import InputGram, InputGrams, LayerWalk
 from .method import MergeMethod, Stack
 from .regmean import RegMean, Regression
-from .skeleton import LayerStack, Skeleton, weight_of
 
 if TYPE_CHECKING:
     from ..calibration import CalibrationPlan

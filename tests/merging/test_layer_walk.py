@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 
 from epmq_gptq.checkpoints import Checkpoint
 from epmq_gptq.errors import EPMQInputError, EPMQNumericalError
-from epmq_gptq.merging.layer_walk import InputGrams, LayerWalk
-from epmq_gptq.merging.skeleton import Skeleton
+from epmq_gptq.layer_walk import InputGrams, LayerWalk
+from epmq_gptq.skeleton import Skeleton
 
 CPU = torch.device("cpu")
 # Gemma 2 asks its layers for their kind of attention; OPT has a dropped first position.

@@ -30,7 +30,7 @@ def quantized(method, merged, experts, *, rows=5, **options):
     options = BITS | dict(offload_to_disk=False) | options
     dtype = torch.bfloat16 if method == "awq" else torch.float32
     if method == "epmq":
-        config = EPMQConfig(**options, experts=experts, alpha=0.1)
+        config = EPMQConfig(profile="paper", **options, experts=experts, alpha=0.1)
         calibration = {name: images(rows, seed) for seed, name in enumerate(experts)}
     else:
         config = {"gptq": GPTQConfig, "rtn": RTNConfig, "awq": AWQConfig}[method](**options)

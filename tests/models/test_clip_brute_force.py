@@ -31,6 +31,7 @@ class Case:
             name: images(4 + 2 * index, seed=index) for index, name in enumerate(self.experts)
         }
         config = EPMQConfig(
+            profile="paper",
             bits=BITS,
             group_size=GROUP,
             experts=self.experts,

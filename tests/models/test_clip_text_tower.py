@@ -56,6 +56,7 @@ class Case:
         self.merged, self.experts = family
         self.rows = {name: rows(6, seed) for seed, name in enumerate(self.experts)}
         config = EPMQConfig(
+            profile="paper",
             **BITS,
             experts=self.experts,
             alpha=ALPHA,
@@ -138,10 +139,10 @@ def test_plain_gptq_counts_no_padding(family, tmp_path, case):
 def test_it_stays_as_it_is_unless_asked_for(family, tmp_path):
     merged, experts = family
     for dynamic in (None, {r"-:text_model\..*": {}}, {r".*\.fc1": {"bits": 8}}):
-        model = load(merged, EPMQConfig(**BITS, experts=experts, dynamic=dynamic))
+        model = load(merged, EPMQConfig(profile="paper", **BITS, experts=experts, dynamic=dynamic))
         assert not model.reads_text
         assert model.extract_layers_node() == ["vision_model.encoder.layers"]
-    model = load(merged, EPMQConfig(**BITS, experts=experts, alpha=ALPHA))
+    model = load(merged, EPMQConfig(profile="paper", **BITS, experts=experts, alpha=ALPHA))
     report = model.quantize({name: rows(3, 0) for name in experts})["epmq"]
     assert len(report.modules) == 2 * 6
     assert all(module.module.startswith("vision_model.") for module in report.modules)
@@ -149,7 +150,7 @@ def test_it_stays_as_it_is_unless_asked_for(family, tmp_path):
 
 def test_it_needs_a_text_for_every_image(family):
     merged, experts = family
-    model = load(merged, EPMQConfig(**BITS, experts=experts, dynamic=TEXT_TOO))
+    model = load(merged, EPMQConfig(profile="paper", **BITS, experts=experts, dynamic=TEXT_TOO))
     with pytest.raises(EPMQInputError, match="no `text`") as caught:
         model.quantize({name: images(3, 0) for name in experts})
     assert caught.value.code == "EPMQ-F32" and "`text_model`" in caught.value.remedy

@@ -20,7 +20,7 @@ CROSS = "decoder.block.{}.layer.1.EncDecAttention.{}"
 
 
 def epmq(merged, experts, rows, out, **options):
-    config = EPMQConfig(bits=BITS, group_size=GROUP, experts=experts, alpha=ALPHA)
+    config = EPMQConfig(profile="paper", bits=BITS, group_size=GROUP, experts=experts, alpha=ALPHA)
     model = tiny.load(merged, config)
     report = model.quantize(rows, **({"batch_size": 4} | options))["epmq"]
     model.save(str(out))
@@ -127,7 +127,12 @@ def test_one_row_at_a_time_gives_the_same_codes(case, tmp_path):
 
 def test_every_decoder_block_reads_the_quantized_encoder(case, tmp_path):
     config = EPMQConfig(
-        bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA, offload_to_disk=False
+        profile="paper",
+        bits=BITS,
+        group_size=GROUP,
+        experts=case.experts,
+        alpha=ALPHA,
+        offload_to_disk=False,
     )
     model = tiny.load(case.merged, config)
     seen = {0: [], 1: []}

@@ -103,7 +103,7 @@ def test_awq(merged, tmp_path):
 def test_experts_in_bfloat16(flan, tmp_path):
     """transformers keeps `wo` in float32 whatever is asked for."""
     merged, _ = flan
-    config = EPMQConfig(bits=4, group_size=32, experts={"only": merged}, alpha=0.1)
+    config = EPMQConfig(profile="paper", bits=4, group_size=32, experts={"only": merged}, alpha=0.1)
     run(merged, config, {"only": ROWS}, tmp_path / "out", dtype=torch.bfloat16)
     before = load_file(merged / "model.safetensors")
     weights = dequantized(tmp_path / "out")
@@ -181,7 +181,7 @@ def read_by_transformers(folder, row):
 
 def test_transformers_and_optimum_read_it_once_t5_stops_initialising(flan, tmp_path):
     merged, experts = flan
-    config = EPMQConfig(**GRID, experts=experts, alpha=0.1)
+    config = EPMQConfig(profile="paper", **GRID, experts=experts, alpha=0.1)
     run(merged, config, dict.fromkeys(experts, ROWS), tmp_path / "out")
     read = read_by_transformers(tmp_path / "out", ROWS[0])
     host = tiny.reload(tmp_path / "out")

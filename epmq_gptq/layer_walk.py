@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import EPMQInputError, EPMQNumericalError
+from .errors import EPMQInputError, EPMQNumericalError
 from .skeleton import LayerStack
 
 Batch = Mapping[str, Tensor]

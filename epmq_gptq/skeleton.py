@@ -1,8 +1,8 @@
 """A transformers model without weights: where its layer stacks are, and how weights get in and out.
 
-The methods that take calibration run one layer of one model at a time. A :class:`Skeleton` is the
-network of the models that are merged, with every parameter on torch's meta device until
-:meth:`Skeleton.fill` puts one model's tensors there.
+Merging with calibration, and the experts' own passes while a merge is quantized, run one layer of
+one model at a time. A :class:`Skeleton` is the network of the models that are merged, with every
+parameter on torch's meta device until :meth:`Skeleton.fill` puts one model's tensors there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import Checkpoint
-from ..errors import EPMQInputError
+from .checkpoints import Checkpoint
+from .errors import EPMQInputError
 
 _CLIP = ("clip", "clip_vision_model")
 # What checkpoints put before the names of a model's parameters, or leave out, by its class.
@@ -74,7 +74,8 @@ class Skeleton:
     Args:
         checkpoint: whose configuration says which network it is, and whose tensors have the names
             that all models of the merge share.
-        device: where parameters that are filled in live, in fp32.
+        device: where parameters that are filled in live.
+        dtype: of them.
 
     Attributes:
         model: the network.
@@ -85,8 +86,10 @@ class Skeleton:
             has no tensor of its own in the checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
-        self.device = device
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32
+    ):
+        self.device, self.dtype = device, dtype
         self._what = checkpoint.what
         self.model = _build(checkpoint)
         for module in self.model.modules():
@@ -94,14 +97,31 @@ class Skeleton:
                 module._buffers[name] = None if buffer is None else buffer.to(device)
         self._modules = dict(self.model.named_modules())
         self.stacks = _stacks(self.model, checkpoint)
-        self._names = self._tensor_names(checkpoint)
+        self._names = self._tensor_names(checkpoint, self._what)
 
     # ---- names -------------------------------------------------------------------------------
 
-    def _tensor_names(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """Parameter → tensor of the checkpoint; the head may be left out."""
+    def names_in(
+        self, store: Container[str], *, what: str, apart_from: Container[str] = ()
+    ) -> dict[str, str]:
+        """Parameter → tensor of another model of this network; the head may be left out.
+
+        Args:
+            store: its tensors.
+            what: how errors call it.
+            apart_from: parameters that are read in another way.
+
+        Raises:
+            EPMQInputError: a parameter has no tensor of its own there.
+        """
+        return self._tensor_names(store, what, apart_from)
+
+    def _tensor_names(
+        self, checkpoint: Container[str], what: str, apart_from: Container[str] = ()
+    ) -> dict[str, str]:
         parameters = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         buffers = [name for name, tensor in self.model.named_buffers() if _is_floating(tensor)]
+        parameters = [name for name in parameters if name not in apart_from]
         layered = [name for name in parameters if self._is_layered(name)]
         rename = self._renaming(layered, checkpoint)
         partners = _tied(self.model)
@@ -113,17 +133,18 @@ class Skeleton:
                 names[name] = found
             elif name in parameters and name not in head:
                 raise EPMQInputError(
-                    f"{self._what}: parameter `{name}` of {type(self.model).__name__} has no "
-                    "tensor of its own in the checkpoint.",
+                    f"{what}: parameter `{name}` of {type(self.model).__name__} has no tensor of "
+                    "its own in the checkpoint.",
                     code="EPMQ-F38",
                     subject=f"parameter `{name}`",
-                    remedy="Merge with a method that takes no calibration, such as `average`; "
-                    "layers that a checkpoint stores in pieces or stacked are not supported here.",
+                    remedy="Layers that a checkpoint stores in pieces or stacked are not run here: "
+                    "merge with a method that takes no calibration, such as `average`, and "
+                    "quantize with `eta=0, rho=0`.",
                 )
         return names
 
     def _renaming(
-        self, layered: Sequence[str], checkpoint: Checkpoint
+        self, layered: Sequence[str], checkpoint: Container[str]
     ) -> Callable[[str], str | None]:
         """Names differ by one prefix at most: a base model saved alone, or within another."""
         own = f"{self.model.base_model_prefix}."
@@ -179,8 +200,12 @@ class Skeleton:
         for parameter in parameters:
             name = self._names[parameter]
             if name not in last:
-                last[name] = read(name).to(self.device, torch.float32)
+                last[name] = read(name).to(self.device, self.dtype)
             self._set(parameter, last[name])
+
+    def put(self, parameter: str, tensor: Tensor) -> None:
+        """Put one tensor into a parameter."""
+        self._set(parameter, tensor.to(self.device, self.dtype))
 
     def empty(self, parameters: Sequence[str]) -> None:
         """Forget tensors that were put into parameters."""

@@ -1,0 +1,255 @@
+"""Every expert's own full-precision pass over its own rows, one layer at a time.
+
+Before a layer of the merge is quantized, each expert runs its rows through its own version of that
+layer, and what its linear layers are given is kept until the merge has run the same rows. An
+expert's layer is read, run and dropped before the next one is read, so memory does not know K.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import CalibrationPlan
+from .checkpoints import Checkpoint
+from .errors import EPMQInputError, EPMQNumericalError
+from .experts import Experts
+from .layer_walk import LayerWalk
+from .linears import Linear
+from .residual import first_states, residual_taps
+from .skeleton import LayerStack, Skeleton
+
+
+class ExpertTrajectories:
+    """What the linear layers of the running layer are given in every expert.
+
+    Args:
+        merged: whose configuration says how all experts are built.
+        experts: their weights, bound to ``linears``.
+        plan: the batches and the expert of each.
+        linears: the layers that will be quantized.
+        device: where experts run.
+        dtype: of their weights and activations.
+
+    Attributes:
+        taps: linear layer that writes to the residual stream → the module, relative to the running
+            layer, whose input is the stream before the addition.
+        seconds: spent so far.
+
+    Raises:
+        EPMQInputError: the layers cannot be found or run, or an expert lacks one of their tensors.
+    """
+
+    def __init__(
+        self,
+        merged: Checkpoint,
+        experts: Experts,
+        plan: CalibrationPlan,
+        linears: Iterable[Linear],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self._experts = experts
+        self._plan = plan
+        self._linears = {linear.name: linear for linear in linears}
+        self._skeleton = Skeleton(merged, torch.device(device), dtype)
+        self._names = {name: self._tensors_of(name) for name in dict.fromkeys(plan.experts)}
+        self._walk = LayerWalk(plan.batches, torch.device(device))
+        self._next = {stack.path: 0 for stack in self._skeleton.stacks}
+        self._layer: str | None = None
+        self._inputs: list[dict[str, Tensor]] = []  # batch → linear layer → z: (B, S, d)
+        self._streams: list[dict[str, Tensor]] = []  # batch → tap → r_i: (B, S, d)
+        self.taps: dict[str, str] = {}
+        self.seconds = 0.0
+
+    # ---- what the merge asks for ---------------------------------------------------------------
+
+    @torch.no_grad()
+    def enter(self, layer: str) -> bool:
+        """Make ``layer`` the running one; False where no expert's pass reaches it (the head).
+
+        Raises:
+            EPMQNumericalError: an expert's activations are not finite.
+            EPMQInputError: the model's forward does not run this layer.
+        """
+        if layer == self._layer:
+            return True
+        found = self._find(layer)
+        if found is None:
+            return False
+        start = time.perf_counter()
+        stack, index = found
+        for earlier in self._skeleton.stacks:
+            if earlier is stack:
+                break
+            if earlier.is_read:
+                self._advance(earlier, len(earlier.layers))
+        self._advance(stack, index)
+        self._clear()
+        self._run(stack, index, capture=True)
+        self._layer = layer
+        self.seconds += time.perf_counter() - start
+        return True
+
+    def inputs(self, linear: str, batch: int) -> Tensor | None:
+        """``z: (B, S, d)`` of a layer's input in the pass of the batch's own expert."""
+        return self._inputs[batch].get(linear) if self._inputs else None
+
+    def stream(self, linear: str, batch: int) -> Tensor:
+        """``r_i: (B, S, d)``, the residual stream before ``linear`` writes to it."""
+        return self._streams[batch][self.taps[linear]]
+
+    def close(self) -> None:
+        """Forget everything that was kept."""
+        self._clear()
+        self._layer = None
+
+    # ---- layer by layer ------------------------------------------------------------------------
+
+    def _find(self, layer: str) -> tuple[LayerStack, int] | None:
+        for stack in self._skeleton.stacks:
+            path, _, number = layer.rpartition(".")
+            if path == stack.path and number.isdigit() and int(number) < len(stack.layers):
+                return stack, int(number)
+        return None
+
+    def _clear(self) -> None:
+        self._inputs, self._streams, self.taps = [], [], {}
+
+    def _advance(self, stack: LayerStack, index: int) -> None:
+        """Run the layers before ``index`` that were not run yet (left out by ``dynamic``)."""
+        while self._next[stack.path] < index:
+            self._run(stack, self._next[stack.path], capture=False)
+
+    def _run(self, stack: LayerStack, index: int, *, capture: bool) -> None:
+        assert self._next[stack.path] == index, "layers are entered in forward order"
+        layer, own = stack.name(index), self._skeleton.within(stack.name(index))
+        if capture:
+            self._inputs = [{} for _ in self._plan.batches]
+            self._streams = [{} for _ in self._plan.batches]
+        goes_on = index + 1 < len(stack.layers) or stack.is_read
+        for expert in self._names:
+            self._fill(expert, stack, index, own)
+            with self._walk.at(self._skeleton.stacks, stack, index) as run:
+                for batch, owner in enumerate(self._plan.experts):
+                    if owner == expert:
+                        output = self._run_batch(stack, index, batch, run, capture)
+                        self._check_finite(expert, layer, output)
+                        if goes_on:
+                            self._walk.keep(stack, batch, output)
+        self._skeleton.empty(own)
+        self._next[stack.path] = index + 1
+        if index + 1 == len(stack.layers):
+            self._walk.leave(stack)
+
+    def _run_batch(
+        self,
+        stack: LayerStack,
+        index: int,
+        batch: int,
+        run: Callable[[int], Any],
+        capture: bool,
+    ) -> Any:
+        if not capture:
+            return run(batch)
+        layer = stack.layers[index]
+        linears = {
+            name: module for name, module in stack.linears(index).items() if name in self._linears
+        }
+        if not self.taps and batch == self._first_batch:
+            relative = {name.removeprefix(f"{stack.name(index)}."): name for name in linears}
+            taps = residual_taps(layer, list(relative), lambda: run(batch))
+            self.taps = {relative[name]: tap for name, tap in taps.items()}
+        hooks = [
+            module.register_forward_pre_hook(_keep(self._inputs[batch], name), with_kwargs=True)
+            for name, module in linears.items()
+        ]
+        hooks += [
+            layer.get_submodule(tap).register_forward_pre_hook(
+                _keep(self._streams[batch], tap, copy=True), with_kwargs=True
+            )
+            for tap in dict.fromkeys(self.taps.values())
+        ]
+        try:
+            return run(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def _first_batch(self) -> int:
+        return self._plan.experts.index(next(iter(self._names)))
+
+    @staticmethod
+    def _check_finite(expert: str, layer: str, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        if not bool(torch.isfinite(states.sum())):
+            raise EPMQNumericalError(
+                f"expert `{expert}`: the activations behind `{layer}` of its own pass are not "
+                "finite.",
+                module=layer,
+                expert=expert,
+                code="EPMQ-F27",
+                subject=f"expert `{expert}`, layer `{layer}`",
+                remedy="Check that expert's weights and calibration rows, or load in bfloat16 or "
+                "float32 if float16 overflowed; with `eta=0, rho=0` experts are not run.",
+            )
+
+    # ---- weights -------------------------------------------------------------------------------
+
+    def _tensors_of(self, expert: str) -> dict[str, str]:
+        """Parameter → tensor of an expert's store, all that its pass needs."""
+        what = f"expert `{expert}`"
+        adapter = self._experts.adapter(expert)
+        if adapter is not None:
+            strangers = [*adapter.unused, *self._not_quantized(adapter.modules)]
+            if strangers:
+                raise EPMQInputError(
+                    f"{what}: its adapter also changes `{strangers[0]}`, which is not quantized, "
+                    "so its own pass cannot be run exactly.",
+                    code="EPMQ-F34",
+                    subject=what,
+                    remedy="Merge the adapter into its base, or set `eta=0, rho=0` (the paper's "
+                    "targets).",
+                )
+        skip = {f"{name}.weight" for name in self._linears}
+        return self._skeleton.names_in(self._experts.store(expert), what=what, apart_from=skip)
+
+    def _not_quantized(self, modules: Collection[str]) -> list[str]:
+        known = {
+            place.tensor.removesuffix(".weight")
+            for linear in self._linears.values()
+            for place in linear.stored
+        }
+        return [module for module in modules if module not in known]
+
+    def _fill(self, expert: str, stack: LayerStack, index: int, own: Collection[str]) -> None:
+        outer = self._skeleton.outer(embeddings=index == 0)
+        for parameter in [*outer, *own]:
+            self._skeleton.put(parameter, self._read(expert, parameter))
+
+    def _read(self, expert: str, parameter: str) -> Tensor:
+        linear = self._linears.get(parameter.removesuffix(".weight"))
+        if linear is not None and parameter.endswith(".weight"):
+            W = self._experts.rows(expert, linear.name, 0, linear.outputs)
+            return W.T if linear.transposed else W
+        name = self._names[expert][parameter]
+        adapter = self._experts.adapter(expert)
+        if adapter is not None and name in adapter.replaced:
+            return adapter.tensors.read(adapter.replaced[name])
+        return self._experts.store(expert).read(name)
+
+
+def _keep(kept: dict[str, Tensor], name: str, copy: bool = False) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: tuple, options: dict) -> None:
+        states = first_states(arguments, options)
+        if states is not None:
+            # A stream may be added to in place; the input of a linear layer never is.
+            kept[name] = states.detach().clone() if copy else states.detach()
+
+    return hook

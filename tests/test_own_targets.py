@@ -1,0 +1,212 @@
+"""Targets from the experts' own passes, judged from the saved file in float64 and from scratch."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from judge import codes, dequantized, gptq64, stored
+from safetensors.torch import load_file
+from test_quantize import gar_order, run
+from transformers import AutoModelForCausalLM
+
+from epmq_gptq import EPMQConfig
+
+BITS, GROUP, ALPHA = 4, 32, 0.1
+# Which layer is added to what, as Llama's code says.
+STREAMS = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+
+
+class Pass:
+    """One model in float64 over some rows: inputs of its linear layers, and its streams."""
+
+    def __init__(self, model, modules, streams, batches):
+        self.inputs: dict[str, list] = {}
+        taps = {module: tap for module, tap in streams.items() if module in modules}
+        for name in {*modules, *taps.values()}:
+            model.get_submodule(name).register_forward_pre_hook(self._catch(name))
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        self.x = {name: torch.cat(self.inputs[name]) for name in modules}
+        self.r = {module: torch.cat(self.inputs[tap]) for module, tap in taps.items()}
+
+    def _catch(self, name):
+        return lambda module, args: self.inputs.setdefault(name, []).append(args[0].flatten(0, -2))
+
+
+class Judge:
+    """H, D and what follows from them, for every layer, from the definition of T_i.
+
+    Args:
+        build: folder → the model in float64.
+        streams: full name of a layer that writes to the residual stream → the norm before it.
+        batches: expert → arguments of forward passes without padding.
+        weights, biases: what the quantized model has in place of the merge's.
+    """
+
+    def __init__(self, build, merged, experts, streams, batches, weights, *, eta, rho, biases=None):
+        self.W_m = {name: build(merged).get_submodule(name) for name in weights}
+        quantized = build(merged)
+        for name, weight in weights.items():
+            quantized.get_submodule(name).weight.data = weight.clone()
+            if biases:
+                quantized.get_submodule(name).bias.data = biases[name].double()
+        self.X, self.gap = {name: [] for name in weights}, {name: [] for name in weights}
+        for expert, folder in experts.items():
+            model = build(folder)
+            own = Pass(model, list(weights), streams, batches[expert])
+            here = Pass(quantized, list(weights), streams, batches[expert])
+            for hook in [h for m in quantized.modules() for h in [m._forward_pre_hooks]]:
+                hook.clear()
+            for name in weights:
+                x, z, layer = here.x[name], own.x[name], model.get_submodule(name)
+                T = layer(eta * z + (1 - eta) * x)
+                if rho and name in own.r:
+                    T = T + rho * (own.r[name] - here.r[name])
+                self.X[name].append(x)
+                self.gap[name].append((T - self.W_m[name](x)).detach())
+
+    def moments(self, name):
+        X, gap = torch.cat(self.X[name]), torch.cat(self.gap[name])
+        return X, gap, self.W_m[name].weight.detach()
+
+
+def excess(Q, best, H_E):
+    E = Q - best
+    return float(((E @ H_E) * E).sum())
+
+
+def anchored(H, alpha, anchor="identity"):
+    lam = alpha * float(H.trace()) / H.shape[0]
+    if anchor == "channel":
+        return H + alpha * torch.diag(H.diagonal())
+    return H + lam * torch.eye(H.shape[0], dtype=torch.float64)
+
+
+def llama(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def streams_of(weights, streams):
+    found = {}
+    for name in weights:
+        for leaf, norm in streams.items():
+            if name.endswith(leaf):
+                found[name] = f"{name.removesuffix(leaf)}{norm}"
+    return found
+
+
+class Case:
+    def __init__(self, folder):
+        self.folder = folder
+        # Embeddings and norms differ as well: an expert's own pass is all its own.
+        base = tiny.llama()
+        states = []
+        for index in range(3):
+            state = tiny.perturbed(base, seed=100 + index)
+            generator = torch.Generator().manual_seed(index)
+            for name, tensor in state.items():
+                if tensor.ndim == 1 or "embed" in name:
+                    tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+            states.append(state)
+        self.experts = {}
+        for index, state in enumerate(states):
+            base.load_state_dict(state)
+            self.experts[f"expert{index}"] = tiny.save(base, folder / f"expert{index}")
+        base.load_state_dict({name: sum(s[name] for s in states) / 3 for name in states[0]})
+        self.merged = tiny.save(base, folder / "merged")
+        self.rows = {
+            name: tiny.rows(4 + 3 * index, 30 + 12 * index, seed=index)
+            for index, name in enumerate(self.experts)
+        }
+        self.batches = {
+            name: [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
+            for name, rows in self.rows.items()
+        }
+
+    def quantize(self, out, **options):
+        config = EPMQConfig(bits=BITS, group_size=GROUP, experts=self.experts, **options)
+        report = run(self.merged, config, self.rows, out)["epmq"]
+        return dequantized(out), report
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return Case(tmp_path_factory.mktemp("case"))
+
+
+@pytest.mark.parametrize(
+    ("eta", "rho", "anchor"),
+    [(1.0, 0.0, "identity"), (0.0, 1.0, "identity"), (1.0, 1.0, "channel"), (0.5, 0.25, "channel")],
+)
+def test_every_layer_reaches_the_float64_optimum(case, tmp_path, eta, rho, anchor):
+    weights, report = case.quantize(tmp_path / "out", alpha=ALPHA, eta=eta, rho=rho, anchor=anchor)
+    streams = streams_of(weights, STREAMS)
+    judge = Judge(
+        llama, case.merged, case.experts, streams, case.batches, weights, eta=eta, rho=rho
+    )
+    for module in report.modules:
+        X, gap, W_m = judge.moments(module.module)
+        H_E = anchored(X.T @ X, ALPHA, anchor)
+        best = W_m + gap.T @ X @ torch.linalg.inv(H_E)
+        reference = gptq64(best, H_E, bits=BITS, group_size=GROUP, order=gar_order(H_E))
+        ours = excess(weights[module.module], best, H_E)
+        assert ours == pytest.approx(excess(reference, best, H_E), rel=0.01), module.module
+        assert module.excess == pytest.approx(ours, rel=0.01)
+        assert module.merge_excess == pytest.approx(excess(W_m, best, H_E), rel=1e-2)
+        assert module.eta == eta
+        assert module.rho == (rho if module.module in streams else 0.0)
+
+
+def test_the_terms_are_told_apart(case, tmp_path):
+    """A wrong stream, a stream where there is none, or z for x would pass no test above."""
+    streams = streams_of(case.quantize(tmp_path / "out", alpha=ALPHA)[0], STREAMS)
+    weights = dequantized(tmp_path / "out")
+    judge = Judge(llama, case.merged, case.experts, streams, case.batches, weights, eta=1, rho=1)
+    paper = Judge(llama, case.merged, case.experts, {}, case.batches, weights, eta=0, rho=0)
+    for name in weights:
+        X, gap, _ = judge.moments(name)
+        difference = float((gap - paper.moments(name)[1]).norm() / gap.norm())
+        assert difference > 0.1, name
+
+
+def test_without_eta_and_rho_it_is_the_papers_path_bit_for_bit(case, tmp_path):
+    options = dict(alpha=ALPHA, eta=0, rho=0)
+    case.quantize(tmp_path / "best", **options)
+    case.quantize(tmp_path / "paper", alpha=ALPHA, profile="paper")
+    first, second = stored(tmp_path / "best"), stored(tmp_path / "paper")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_layer_that_is_left_out_is_still_run(case, tmp_path):
+    """The experts walk on through what `dynamic` leaves as it is."""
+    rule = {r"-:.*layers\.0\..*": {}}
+    weights, report = case.quantize(tmp_path / "out", alpha=ALPHA, dynamic=rule)
+    assert {m.module.split(".")[2] for m in report.modules} == {"1"}
+    streams = streams_of(weights, STREAMS)
+    judge = Judge(llama, case.merged, case.experts, streams, case.batches, weights, eta=1, rho=1)
+    for module in report.modules:
+        X, gap, W_m = judge.moments(module.module)
+        H_E = anchored(X.T @ X, ALPHA)
+        best = W_m + gap.T @ X @ torch.linalg.inv(H_E)
+        assert module.merge_excess == pytest.approx(excess(W_m, best, H_E), rel=1e-2)
+
+
+def test_batches_and_padding_change_nothing(case, tmp_path):
+    reports = []
+    for size in (1, 4):
+        config = EPMQConfig(bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA)
+        rows = {
+            n: [{"input_ids": r["input_ids"][: 20 + i]} for i, r in enumerate(found)]
+            for n, found in case.rows.items()
+        }
+        out = tmp_path / str(size)
+        reports.append(run(case.merged, config, rows, out, batch_size=size)["epmq"])
+    first, second = (codes(tmp_path / name) for name in ("1", "4"))
+    for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        name = f"model.layers.0.self_attn.{leaf}"
+        assert (first[name] != second[name]).float().mean() < 0.002, name
+    for one, other in zip(reports[0].modules, reports[1].modules, strict=True):
+        assert one.tokens == other.tokens and one.lam == pytest.approx(other.lam, rel=0.02)
