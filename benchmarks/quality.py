@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import sys
 import time
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from quality import plan as plans  # noqa: E402
+from quality.command import machine, names_of, numbers, public, refreshed  # noqa: E402
 from quality.runner import Runner  # noqa: E402
 from quality.tables import Tables, csv_of, summary  # noqa: E402
 
@@ -68,13 +68,13 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = found.add_argument
     add("--suite", action="append", help=f"repeatable; default: {', '.join(plans.SUITES)}")
-    add("--tables", type=_names(plans.TABLES), default=default.tables, help="comma-separated")
-    add("--mergers", type=_names(default.mergers), default=default.mergers)
-    add("--methods", type=_names(default.methods), default=default.methods)
-    add("--bits", type=_numbers, default=default.bits, help="of the main table")
-    add("--seeds", type=_numbers, default=default.seeds, help="of the suites and the rows")
+    add("--tables", type=names_of(plans.TABLES), default=default.tables, help="comma-separated")
+    add("--mergers", type=names_of(default.mergers), default=default.mergers)
+    add("--methods", type=names_of(default.methods), default=default.methods)
+    add("--bits", type=numbers, default=default.bits, help="of the main table")
+    add("--seeds", type=numbers, default=default.seeds, help="of the suites and the rows")
     add("--samples", type=int, default=default.samples, help="calibration rows per task")
-    add("--budget", type=_numbers, default=default.budget, help="rows per task of that table")
+    add("--budget", type=numbers, default=default.budget, help="rows per task of that table")
     add("--batch-size", type=int, default=default.batch_size)
     add("--group-size", type=int, default=default.group_size)
     add("--quick", action="store_true", help="the suites' tiny versions")
@@ -89,21 +89,6 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=ROOT / "benchmarks" / "results")
     add("--refresh", type=Path, action="append", default=[], help="Markdown with our markers")
     return found
-
-
-def _names(known: Sequence[str]):
-    def read(text: str) -> tuple[str, ...]:
-        names = tuple(part.strip() for part in text.split(",") if part.strip())
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-        return names
-
-    return read
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def options_of(given: argparse.Namespace) -> plans.Options:
@@ -140,7 +125,7 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     found = environment()
     found["hardware"]["threads"] = f"{given.workers} workers of 1"
-    command = f"python benchmarks/quality.py {shlex.join(_public(arguments))}".strip()
+    command = f"python benchmarks/quality.py {shlex.join(public(arguments))}".strip()
     record = {
         "command": command,
         "seconds": round(seconds, 1),
@@ -167,30 +152,14 @@ def write(
         file.write_text(text, encoding="utf-8")
 
 
-def _public(arguments: Sequence[str]) -> list[str]:
-    """The arguments without the folders of this machine."""
-    kept, skip = [], False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        if skip or name in ("--out", "--work", "--cache", "--refresh"):
-            skip = not skip and not equals
-            continue
-        kept.append(argument)
-    return kept
-
-
 def heading(options: plans.Options, found: dict[str, Any], command: str, seconds: float) -> str:
     """What the tables are, in which run, on which machine."""
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    hardware = found["hardware"]
-    gpus = ", ".join(hardware["gpus"]) or "no GPU"
     tiny = (
         " **Tiny models: these figures only show that everything runs.**" if options.quick else ""
     )
     return (
         "# Quality on the suites\n\n"
-        f"`{command}`: {seconds / 60:.1f} minutes, {hardware['cpu']}, {hardware['cores']} cores "
-        f"({hardware['threads']} thread), {gpus}; {versions}.{tiny}\n\n"
+        f"`{command}`: {seconds / 60:.1f} minutes, {machine(found)}.{tiny}\n\n"
         f"Groups of {options.group_size}, {options.samples} calibration rows per task, the same "
         "for every method that takes any; seeds "
         f"{', '.join(map(str, options.seeds))}. Every quantized row is the saved checkpoint, read "
@@ -199,16 +168,6 @@ def heading(options: plans.Options, found: dict[str, Any], command: str, seconds
         "the merge in full precision. α and γ by held-out rows: chosen by accuracy on rows that "
         f"are neither calibrated on nor shown here, at {options.bits[0]} bits.\n"
     )
-
-
-def refreshed(text: str, sections: dict[str, str]) -> str:
-    """``text`` with what stands between a suite's markers replaced by its tables."""
-    for suite, tables in sections.items():
-        begin, end = f"<!-- quality:{suite} -->", f"<!-- /quality:{suite} -->"
-        pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.S)
-        replacement = f"{begin}\n{tables}{end}"
-        text = pattern.sub(lambda _, new=replacement: new, text)
-    return text
 
 
 if __name__ == "__main__":

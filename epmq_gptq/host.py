@@ -303,7 +303,7 @@ def _report(
     processor: EPMQProcessor, linears: list[Linear], checked: Preflight, seconds: float
 ) -> QuantizationReport:
     order = {linear.name: index for index, linear in enumerate(linears)}
-    plan = processor.plan
+    plan, trajectories = processor.plan, processor.trajectories
     return QuantizationReport(
         modules=sorted(processor.reports, key=lambda m: order.get(m.module, len(order))),
         rows=plan.rows,
@@ -313,6 +313,8 @@ def _report(
         seconds=seconds,
         shared_groups=processor.shared_groups,
         shared_layers=processor.shared_layers,
+        expert_seconds=0.0 if trajectories is None else trajectories.seconds,
+        left={} if trajectories is None else {n: str(e) for n, e in trajectories.left.items()},
     )
 
 
@@ -344,6 +346,8 @@ def _plan(
             remedy="Leave it out, or set `concat` and `seqlen` of the sources.",
         )
     calibration.check_experts(experts.names, data_free)
+    if config.chooses_alpha:
+        _check_held_out(calibration)
     return plan_inputs(
         calibration,
         rules,
@@ -353,6 +357,19 @@ def _plan(
         masked=model.support_batch_quantize,
         held_out=config.held_out if config.chooses_alpha else 0.0,
     )
+
+
+def _check_held_out(calibration: EncodedCalibration) -> None:
+    for name, rows in calibration.rows.items():
+        if len(rows) < 2:
+            raise EPMQInputError(
+                f'`alpha="auto"` holds out some of each expert\'s rows, expert `{name}` has '
+                f"{len(rows)}.",
+                code="EPMQ-F22",
+                subject=f"expert `{name}`",
+                remedy="Give it at least two rows, or set `alpha` (the paper: 0.01 for CLIP and "
+                "T5, 1 for language models).",
+            )
 
 
 def settle_alpha(config: EPMQConfig, merged: Checkpoint) -> None:
@@ -385,6 +402,7 @@ def _trajectories(
             linears,
             device=torch.device(getattr(config.device, "value", None) or config.device or "cpu"),
             dtype=next(model.model.parameters()).dtype,
+            keep_going=config.on_bad_module == "rtn",
         )
     except EPMQInputError as error:
         if config.targets_asked_for:

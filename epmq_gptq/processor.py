@@ -244,11 +244,10 @@ class EPMQProcessor(GPTQProcessor):
         Z = _rows(own.to(X.device), keep) if self.form.eta else None
         gaps = {}
         for member in members if self.form.rho else ():
-            tap = self.trajectories.taps.get(member)
-            stream = None if tap is None else getattr(self._streams, tap, None)
-            if stream is not None:
-                theirs = self.trajectories.stream(member, batch).to(stream.device)
-                gaps[member] = _rows(theirs.float() - stream.detach().float(), keep)
+            theirs = self.trajectories.stream(member, batch)
+            if theirs is not None:
+                ours = getattr(self._streams, self.trajectories.taps[member])
+                gaps[member] = _rows(theirs.to(ours.device).float() - ours.detach().float(), keep)
                 group.written.add(member)
         return Z, gaps
 

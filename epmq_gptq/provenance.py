@@ -64,6 +64,8 @@ def provenance(
         record["exceptions"] = [
             {"module": m.module, "target": m.target, "reason": m.reason} for m in report.exceptions
         ]
+    if report.left:
+        record["left"] = dict(report.left)
     merge = merge_record(merged.path)
     if merge:
         record["merge"] = merge

@@ -28,6 +28,7 @@ class ModuleReport:
             streams in the target; 0 where the layer has none.
         held_out: of ``alpha="auto"``: alpha → by how much the error on the held-out rows falls
             below that of the merged weight, over the layers of this input.
+        held_out_gain: by how much that error falls with the rounded weight; below 0 it rises.
         bias_shift: norm of what was added to the bias, None where it stays.
     """
 
@@ -46,6 +47,7 @@ class ModuleReport:
     eta: float = 0.0
     rho: float = 0.0
     held_out: dict[str, float] = field(default_factory=dict)
+    held_out_gain: float | None = None
     bias_shift: float | None = None
 
 
@@ -61,6 +63,9 @@ class QuantizationReport:
         seconds: wall time of the quantization loop.
         shared_groups: inputs whose one Gram and one factor served several layers.
         shared_layers: layers that used another layer's Gram.
+        expert_seconds: of it, the experts' own passes.
+        left: experts whose own pass ended early, and why (``on_bad_module="rtn"``): from there on
+            their targets are the paper's.
         preflight: what was found before the run, see :class:`~epmq_gptq.preflight.Preflight`.
         provenance: what is published in ``quantize_config.json`` under ``meta.epmq``.
     """
@@ -72,6 +77,8 @@ class QuantizationReport:
     seconds: float = 0.0
     shared_groups: int = 0
     shared_layers: int = 0
+    expert_seconds: float = 0.0
+    left: dict[str, str] = field(default_factory=dict)
     preflight: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 

@@ -30,6 +30,8 @@ def residual_taps(
 ) -> dict[str, str]:
     """Linear layer → the module whose input is the stream that its output is added to.
 
+    One row of the batch decides.
+
     Args:
         layer: the layer; names are relative to it, ``""`` being the layer itself.
         linears: names of its linear layers.
@@ -48,7 +50,7 @@ def residual_taps(
     finally:
         for hook in hooks:
             hook.remove()
-    states = output[0] if isinstance(output, tuple) else output
+    states = (output[0] if isinstance(output, tuple) else output)[:1]
     streams = {name: x for name, x in given.items() if x.shape == states.shape}
     after = [*streams.values(), states]
     taps = {}
@@ -77,13 +79,13 @@ def _input_of(given: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple, options: dict) -> None:
         states = first_states(arguments, options)
         if states is not None:
-            given[name] = states.detach().clone()
+            given[name] = states.detach()[:1].clone()
 
     return hook
 
 
 def _output_of(written: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-        written[name] = output.detach().clone()
+        written[name] = output.detach()[:1].clone()
 
     return hook

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from gptqmodel.quantization.gptq import SharedHessianFactorCache
@@ -22,6 +23,22 @@ from .weighting import Weighting
 
 # Where the merged weight is the target, the curvature is damped as the host damps its own.
 PLAIN_DAMPING = 0.05
+
+
+class _Group(NamedTuple):
+    """What the layers of one input have beside their moments.
+
+    Attributes:
+        merged: layer → W_m, given away.
+        held_out: layer → moments of the rows that α was chosen with; empty where none was.
+        tokens: calibration tokens that reached the input.
+        generation: of the host's cache of factors.
+    """
+
+    merged: dict[EPMQ, torch.Tensor]
+    held_out: dict[EPMQ, Moments]
+    tokens: int
+    generation: int
 
 
 class TargetSolver:
@@ -107,7 +124,8 @@ class TargetSolver:
         for other, gram in zip(moments[1:], grams[1:], strict=True):
             grams[0].add_(gram)  # what was held out is calibration, too
             whole = {task: _with(whole[task], other[task]) for task in tasks}
-        self._aim(tasks, merged, whole, total, alphas, generation)
+        apart = moments[1] if len(moments) > 1 else {}
+        self._aim(tasks, whole, alphas, _Group(merged, apart, total, generation))
 
     # ---- α -------------------------------------------------------------------------------------
 
@@ -122,6 +140,8 @@ class TargetSolver:
         alphas = {task: task.alpha for task in tasks if task.alpha != "auto"}
         if not auto:
             return alphas
+        if len(moments) == 1:  # a routed module that no held-out row reached
+            return alphas | dict.fromkeys(auto)
         fitted, held_out = ([part[task] for task in auto] for part in moments)
         alpha, gains = choose_alpha(
             fitted,
@@ -138,17 +158,15 @@ class TargetSolver:
     def _aim(
         self,
         tasks: list[EPMQ],
-        merged: dict[EPMQ, torch.Tensor],
         moments: dict[EPMQ, Moments],
-        tokens: int,
         alphas: dict[EPMQ, float | None],
-        generation: int,
+        group: _Group,
     ) -> None:
         if self._weighting.data_free:
             # τ differs from layer to layer, so these have no Gram in common.
             for task in tasks:
-                own = self._with_data_free(task, merged[task], moments.pop(task))
-                self._aim_cohort([task], merged, {task: own}, tokens, alphas[task], generation)
+                own = self._with_data_free(task, group.merged[task], moments.pop(task))
+                self._aim_cohort([task], {task: own}, alphas[task], group)
             return
         cohorts: dict[tuple, list[EPMQ]] = {}
         for task in tasks:
@@ -158,7 +176,7 @@ class TargetSolver:
             if cohorts:
                 H = moments[cohort[0]].H.clone()
                 moments |= {task: moments[task]._replace(H=H) for task in cohort}
-            self._aim_cohort(cohort, merged, moments, tokens, alpha, generation)
+            self._aim_cohort(cohort, moments, alpha, group)
 
     def _with_data_free(self, task: EPMQ, W_m: torch.Tensor, known: Moments) -> Moments:
         """The moments of one layer with the experts that have no calibration rows."""
@@ -189,16 +207,14 @@ class TargetSolver:
     def _aim_cohort(
         self,
         tasks: list[EPMQ],
-        merged: dict[EPMQ, torch.Tensor],
         moments: dict[EPMQ, Moments],
-        tokens: int,
         alpha: float | None,
-        generation: int,
+        group: _Group,
     ) -> None:
         """Give the layers of one input and one alpha their targets; their ``H`` becomes ``H_E``."""
         H = moments[tasks[0]].H
         if alpha == 0.0:
-            _check_rank(tasks[0], H, tokens)
+            _check_rank(tasks[0], H, group.tokens)
         whole = dict(moments)
         if tasks[0].refits_bias:
             moments = moments | {task: centred(moments[task]) for task in tasks}
@@ -210,16 +226,11 @@ class TargetSolver:
                 self._on_bad(task, task.not_positive_definite())
             return
         for task in tasks:
-            W_m, D = merged.pop(task), moments[task].D
-            task.report.lam = lam
-            task.report.alpha = alpha
-            if alpha is None:
-                _keep_merged(task, "no target was better on the held-out rows")
-                D = None
-            elif self._is_routed(task.full_name) and should_use_fallback(
-                task.routed_threshold, float(tokens), self._all_tokens()
-            ):
-                _keep_merged(task, f"only {tokens} calibration tokens were routed here")
+            task.report.lam, task.report.alpha = lam, alpha
+            W_m, D = group.merged.pop(task), moments[task].D
+            why = self._why_merged(task, alpha, group)
+            if why:
+                _keep_merged(task, why)
                 D = None
             target = expert_target(W_m, D, L)
             try:
@@ -228,13 +239,28 @@ class TargetSolver:
                 self._on_bad(task, error)
                 continue
             task.report.merge_excess = target.merge_excess
-            task.aim(target.W, H, tokens)
-            if task.refits_bias and D is not None:
+            task.aim(target.W, H, group.tokens)
+            if D is None:
+                continue
+            if task.refits_bias:
                 task.aim_bias(W_m, whole[task])
+            if task.alpha == "auto":
+                task.guard(W_m, H, group.held_out[task])
         if len(tasks) > 1:
-            cache = SharedHessianFactorCache(generation, f"{tasks[0].name}@{alpha!r}")
+            cache = SharedHessianFactorCache(group.generation, f"{tasks[0].name}@{alpha!r}")
             for task in tasks:
                 task.attach_shared_hessian_cache(cache)
+
+    def _why_merged(self, task: EPMQ, alpha: float | None, group: _Group) -> str:
+        """Why the merged weight is the target, where it is."""
+        if self._is_routed(task.full_name) and should_use_fallback(
+            task.routed_threshold, float(group.tokens), self._all_tokens()
+        ):
+            return f"only {group.tokens} calibration tokens were routed here"
+        if alpha is None:
+            some = "no target was better on the held-out rows"
+            return some if group.held_out else "no held-out row was routed here"
+        return ""
 
 
 def _check_rank(task: EPMQ, H: torch.Tensor, tokens: int) -> None:

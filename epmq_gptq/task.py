@@ -18,6 +18,7 @@ from .errors import EPMQNumericalError
 from .experts import check_finite
 from .report import ModuleReport
 from .statistics import Moments
+from .target import gain
 
 
 class BiasAim(NamedTuple):
@@ -32,6 +33,20 @@ class BiasAim(NamedTuple):
     outputs: torch.Tensor
     inputs: torch.Tensor
     count: float
+
+
+class Guard(NamedTuple):
+    """What the rounded target must not be worse than: the rounded merge, on held-out rows.
+
+    Attributes:
+        W_m: ``(out, d)`` fp32.
+        H_E: ``(d, d)`` the curvature of both roundings.
+        held_out: moments of rows that the target was chosen by.
+    """
+
+    W_m: torch.Tensor
+    H_E: torch.Tensor
+    held_out: Moments
 
 
 class EPMQ(GPTQ):
@@ -53,6 +68,7 @@ class EPMQ(GPTQ):
         self.failure: EPMQNumericalError | None = None  # why the run must stop
         self.report: ModuleReport | None = None
         self._bias: BiasAim | None = None
+        self._guard: Guard | None = None
 
     def merged_weight(self, device: torch.device) -> torch.Tensor:
         """``W_m: (out, in)`` fp32 on ``device``, a copy."""
@@ -87,12 +103,24 @@ class EPMQ(GPTQ):
         # Σ (T − b_m − Q x) = Σ (T − b_m − W_m x) + W_m s − Q s, so W_m need not be kept.
         self._bias = BiasAim(moments.outputs + W_m @ moments.inputs, moments.inputs, moments.count)
 
-    def _refit_bias(self, Q: torch.Tensor) -> None:
+    def guard(self, W_m: torch.Tensor, H_E: torch.Tensor, held_out: Moments) -> None:
+        """Once the target is rounded, compare it with the rounded merge on the held-out rows."""
+        self._guard = Guard(W_m, H_E, held_out)
+
+    def _bias_shift(self, Q: torch.Tensor) -> torch.Tensor | None:
+        """b − b_m for the rounded weight, or None where the bias stays."""
         if self._bias is None:
+            return None
+        aim = self._bias
+        return (aim.outputs - self._matrix(Q) @ aim.inputs) / aim.count
+
+    def _matrix(self, Q: torch.Tensor) -> torch.Tensor:
+        """A weight as the host returns it, as ``(out, d)`` fp32."""
+        return (Q.T if isinstance(self.module, transformers.Conv1D) else Q).float()
+
+    def _refit_bias(self, shift: torch.Tensor | None) -> None:
+        if shift is None:
             return
-        aim, self._bias = self._bias, None
-        Q = Q.T if isinstance(self.module, transformers.Conv1D) else Q
-        shift = (aim.outputs - Q.to(aim.inputs) @ aim.inputs) / aim.count
         bias = self.module.bias
         before = bias.detach().to(shift)
         moved = before + shift
@@ -163,6 +191,13 @@ class EPMQ(GPTQ):
         return result
 
     def _round(self, blocksize: int):
+        result = self._guarded(self._rounded(blocksize), blocksize)
+        self._refit_bias(self._bias_shift(result[0]))
+        self._bias = self._guard = None
+        return result
+
+    def _rounded(self, blocksize: int):
+        """Round what is aimed at, and say in the report how well it went."""
         tokens = self.nsamples
         try:
             result = super().quantize(blocksize=blocksize)
@@ -182,8 +217,28 @@ class EPMQ(GPTQ):
         # Σ Losses is ½ tr[(Q − W*) (2/n) H_E (Q − W*)ᵀ], and the host divides it by n once more.
         self.report.loss = float(loss)
         self.report.excess = float(loss) * tokens * tokens
-        self._refit_bias(Q)
         return result
+
+    def _guarded(self, result: tuple, blocksize: int) -> tuple:
+        """``result``, or the rounded merge where that is better on the held-out rows."""
+        if self._guard is None:
+            return result
+        W_m, H_E, held_out = self._guard
+        ours = gain(self._matrix(result[0]) - W_m, self._bias_shift(result[0]), held_out)
+        self.report.held_out_gain = ours
+        if ours >= 0:  # better than even the merge that is not rounded
+            return result
+        numbers = self.report.loss, self.report.excess
+        self.aim(W_m, H_E, self.nsamples)
+        plain = self._rounded(blocksize)
+        theirs = gain(self._matrix(plain[0]) - W_m, None, held_out)
+        if theirs <= ours:
+            self.report.loss, self.report.excess = numbers
+            return result
+        self.report.held_out_gain, self._bias = theirs, None
+        self.report.target = "merged"
+        self.report.reason = "rounded, its target was worse on the held-out rows"
+        return plain
 
     def _round_to_nearest(self, blocksize: int):
         self.H = None

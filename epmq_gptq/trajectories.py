@@ -34,8 +34,11 @@ class ExpertTrajectories:
         linears: the layers that will be quantized.
         device: where experts run.
         dtype: of their weights and activations.
+        keep_going: leave an expert whose activations are not finite from there on, instead of
+            raising.
 
     Attributes:
+        left: such experts, and why.
         taps: linear layer that writes to the residual stream → the module, relative to the running
             layer, whose input is the stream before the addition.
         seconds: spent so far.
@@ -53,7 +56,10 @@ class ExpertTrajectories:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        keep_going: bool = False,
     ):
+        self._keep_going = keep_going
+        self.left: dict[str, EPMQNumericalError] = {}
         self._experts = experts
         self._plan = plan
         self._linears = {linear.name: linear for linear in linears}
@@ -100,9 +106,10 @@ class ExpertTrajectories:
         """``z: (B, S, d)`` of a layer's input in the pass of the batch's own expert."""
         return self._inputs[batch].get(linear) if self._inputs else None
 
-    def stream(self, linear: str, batch: int) -> Tensor:
-        """``r_i: (B, S, d)``, the residual stream before ``linear`` writes to it."""
-        return self._streams[batch][self.taps[linear]]
+    def stream(self, linear: str, batch: int) -> Tensor | None:
+        """``r_i: (B, S, d)``, the residual stream before ``linear`` writes to it, if it does."""
+        tap = self.taps.get(linear)
+        return None if tap is None else self._streams[batch].get(tap)
 
     def close(self) -> None:
         """Forget everything that was kept."""
@@ -134,14 +141,18 @@ class ExpertTrajectories:
             self._streams = [{} for _ in self._plan.batches]
         goes_on = index + 1 < len(stack.layers) or stack.is_read
         for expert in self._names:
+            if expert in self.left:
+                continue
+            batches = [b for b, owner in enumerate(self._plan.experts) if owner == expert]
             self._fill(expert, stack, index, own)
             with self._walk.at(self._skeleton.stacks, stack, index) as run:
-                for batch, owner in enumerate(self._plan.experts):
-                    if owner == expert:
-                        output = self._run_batch(stack, index, batch, run, capture)
-                        self._check_finite(expert, layer, output)
-                        if goes_on:
-                            self._walk.keep(stack, batch, output)
+                for batch in batches:
+                    output = self._run_batch(stack, index, batch, run, capture)
+                    if not _is_finite(output):
+                        self._leave(expert, layer, batches)
+                        break
+                    if goes_on:
+                        self._walk.keep(stack, batch, output)
         self._skeleton.empty(own)
         self._next[stack.path] = index + 1
         if index + 1 == len(stack.layers):
@@ -161,7 +172,7 @@ class ExpertTrajectories:
         linears = {
             name: module for name, module in stack.linears(index).items() if name in self._linears
         }
-        if not self.taps and batch == self._first_batch:
+        if not self.taps and not any(self._inputs):  # the first batch of this layer
             relative = {name.removeprefix(f"{stack.name(index)}."): name for name in linears}
             taps = residual_taps(layer, list(relative), lambda: run(batch))
             self.taps = {relative[name]: tap for name, tap in taps.items()}
@@ -181,14 +192,16 @@ class ExpertTrajectories:
             for hook in hooks:
                 hook.remove()
 
-    @property
-    def _first_batch(self) -> int:
-        return self._plan.experts.index(next(iter(self._names)))
+    def _leave(self, expert: str, layer: str, batches: Collection[int]) -> None:
+        """An expert's activations are not finite: say who is to blame, and stop it or the run.
 
-    @staticmethod
-    def _check_finite(expert: str, layer: str, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
-        if not bool(torch.isfinite(states.sum())):
+        Raises:
+            EPMQNumericalError: unless the run shall go on.
+        """
+        try:
+            for name in self._linears:
+                if name.startswith(f"{layer}."):
+                    self._experts.check(expert, name)
             raise EPMQNumericalError(
                 f"expert `{expert}`: the activations behind `{layer}` of its own pass are not "
                 "finite.",
@@ -199,6 +212,12 @@ class ExpertTrajectories:
                 remedy="Check that expert's weights and calibration rows, or load in bfloat16 or "
                 "float32 if float16 overflowed; with `eta=0, rho=0` experts are not run.",
             )
+        except EPMQNumericalError as error:
+            if not self._keep_going:
+                raise
+            self.left[expert] = error
+        for batch in batches if self._inputs else ():
+            self._inputs[batch], self._streams[batch] = {}, {}
 
     # ---- weights -------------------------------------------------------------------------------
 
@@ -243,6 +262,11 @@ class ExpertTrajectories:
         if adapter is not None and name in adapter.replaced:
             return adapter.tensors.read(adapter.replaced[name])
         return self._experts.store(expert).read(name)
+
+
+def _is_finite(output: Any) -> bool:
+    states = output[0] if isinstance(output, tuple) else output
+    return bool(torch.isfinite(states.sum()))
 
 
 def _keep(kept: dict[str, Tensor], name: str, copy: bool = False) -> Callable[..., None]:

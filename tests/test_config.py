@@ -60,7 +60,7 @@ def test_files_and_unknown_options(tmp_path):
         ({"alpha": -1}, r"`alpha` should be finite and not negative, got -1.0"),
         ({"alpha": float("nan")}, r"`alpha` should be finite"),
         ({"alpha": float("inf")}, r"`alpha` should be finite"),
-        ({"alpha": "1"}, r"`alpha` should be a number, got '1'"),
+        ({"alpha": "1"}, r"`alpha` should be a number or \"auto\", got '1'"),
         ({"alpha": True}, r"`alpha` should be a number, got True"),
         ({"alpha_pattern": {"q": -2}}, r"`alpha_pattern\['q'\]` should be finite"),
         ({"alpha_pattern": {"(": 1}}, r"`alpha_pattern`: '\(' is not a regular expression"),

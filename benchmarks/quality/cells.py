@@ -21,7 +21,7 @@ from epmq_gptq.evaluation.loading import architecture_of
 from epmq_gptq.evaluation.quantizers import QuantizeSettings, quantize
 from epmq_gptq.merging import merge, merge_state_dicts
 
-from .plan import CALIBRATED, Cell
+from .plan import CALIBRATED, PAPER, Cell
 
 
 class ParityError(AssertionError):
@@ -196,9 +196,10 @@ def _settings(cell: Cell, place: Place) -> QuantizeSettings:
     return QuantizeSettings(
         bits=cell.bits,
         group_size=place.group_size,
-        alpha=1.0 if cell.alpha is None else cell.alpha,
+        alpha=cell.alpha,
         batch_size=place.batch_size,
         device=place.where,
+        options=cell.options or PAPER,
     )
 
 

@@ -46,11 +46,29 @@ BUDGET = (64, 128, 256)
 ABLATED = ("task_arithmetic", "ties")
 
 
+PAPER: dict[str, Any] = {"profile": "paper"}
+_OWN: dict[str, Any] = {
+    "profile": "best", "alpha": "auto", "eta": 1.0, "rho": 1.0, "anchor": "identity",
+    "bias_refit": True,
+}  # fmt: skip
+# Options of E-PMQ, each line with one thing more than the line before, and what else was tried.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "α by held-out rows": PAPER | {"alpha": "auto"},
+    "+ expert trajectory": _OWN | {"rho": 0.0, "bias_refit": False},
+    "+ residual correction": _OWN | {"bias_refit": False},
+    "+ bias refit": _OWN,
+    "+ channel anchor": _OWN | {"anchor": "channel"},
+    "half of both corrections": _OWN | {"eta": 0.5, "rho": 0.5},
+    "every expert weighs the same": _OWN | {"weighting": "trace"},
+}
+BEST = "best"
+
+
 def paper_alpha(suite: str, merger: str) -> float:
-    """Appendix G (CLIP, and we take it for T5 as well) and E (language models)."""
-    if suite == "text4":
-        return 1.0
-    return 10.0 if merger == "wudi" else 0.01
+    """The paper's constants; the models of text4 are language models."""
+    from epmq_gptq.profiles import paper_alpha as of_family
+
+    return of_family("llama" if suite == "text4" else "clip", merger)
 
 
 def paper_alpha_of(merge: Cell) -> float:
@@ -99,6 +117,8 @@ class Cell:
         suite, seed: where.
         merger, parameters: of the merge.
         method, bits, alpha, samples: of the quantization, None where they do not apply.
+        variant, options: of E-PMQ, where it is another than the paper's: a name, and what
+            ``EPMQConfig`` is given.
         held_out: score the rows that options are chosen with, too.
         choice: "alpha" or "gamma": take the best of the cells in ``needs`` by held-out rows.
         exclusive: nothing else may run meanwhile, because its seconds count.
@@ -116,6 +136,8 @@ class Cell:
     held_out: bool = False
     choice: str | None = None
     exclusive: bool = False
+    variant: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -128,6 +150,8 @@ class Cell:
             parts.append(f"{self.choice} by held-out rows")
         if self.method:
             parts.append(self.method)
+        if self.variant:
+            parts.append(self.variant)
         if self.bits:
             parts.append(f"{self.bits} bits")
         if self.alpha is not None:
@@ -214,6 +238,20 @@ class Plan:
                 continue
             self.epmq(merge, bits, paper_alpha_of(merge))
             self.chosen_epmq(merge, bits)
+            self.variant(merge, bits, BEST, {"profile": BEST})
+
+    def variant(self, merge: Cell, bits: int, name: str, options: Mapping[str, Any]) -> Cell:
+        """E-PMQ with other options than the paper's."""
+        cell = _of(
+            merge,
+            kind="quantize",
+            method="E-PMQ",
+            bits=bits,
+            samples=self.options.samples,
+            variant=name,
+            options=dict(options),
+        )
+        return self._add(cell, merge)
 
     def quantized(self, merge: Cell, method: str, bits: int) -> Cell:
         """A baseline of the host."""

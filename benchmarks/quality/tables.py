@@ -13,6 +13,7 @@ from typing import Any
 from .plan import (
     ABLATED,
     ABLATION,
+    BEST,
     CALIBRATED,
     GAMMA,
     LABELS,
@@ -25,7 +26,8 @@ from .plan import (
 Results = Mapping[str, Mapping[str, Any]]
 
 CSV_COLUMNS = (
-    *("suite", "seed", "kind", "merger", "parameters", "method", "bits", "alpha", "choice"),
+    *("suite", "seed", "kind", "merger", "parameters", "method", "variant", "bits", "alpha"),
+    "choice",
     *("chosen", "samples", "split", "task", "metric", "value", "items", "seconds", "state", "note"),
 )
 
@@ -138,6 +140,8 @@ class Tables:
             chosen = find(method=method, choice="alpha")
             label = f"w/ E-PMQ (α {self._chosen(chosen)}, by held-out rows)"
             lines.append(Line(label, chosen, merged, bold=True))
+            best = find(method=method, variant=BEST)
+            lines.append(Line("w/ E-PMQ (best profile)", best, merged, bold=True))
         return lines
 
     def _calibrated_lines(self, merger: str, bits: int) -> list[Line]:
@@ -199,7 +203,7 @@ class Tables:
                     found = self._cells(**find, choice=None, **more)
                     cells.append(self._average(Line(label, found), "accuracy"))
                 rows.append([label, *cells])
-        return _markdown(f"{self.suite}, average accuracy (%) by bits", header, rows)
+        return markdown(f"{self.suite}, average accuracy (%) by bits", header, rows)
 
     def budget(self) -> str:
         """The paper's Table 6: rows per task, accuracy, seconds of ``quantize`` and their ratio."""
@@ -220,7 +224,7 @@ class Tables:
                 average = self._average(line, "accuracy")
                 rows.append([method, str(samples), average, shown[0], f"{shown[1]}×"])
         title = f"{self.suite}, calibration budget, task arithmetic, 4 bits"
-        return _markdown(title, header, rows)
+        return markdown(title, header, rows)
 
     # ---- numbers -------------------------------------------------------------------------------
 
@@ -235,7 +239,7 @@ class Tables:
             if line.bold:
                 row = [f"**{cell}**" if cell else cell for cell in row]
             rows.append(row)
-        return _markdown(f"{title}: accuracy (%), average loss (nats)", header, rows)
+        return markdown(f"{title}: accuracy (%), average loss (nats)", header, rows)
 
     def _found(self, line: Line) -> list[Mapping[str, Any]]:
         results = [self.results.get(cell.name) for cell in line.cells]
@@ -292,7 +296,7 @@ def average_of(result: Mapping[str, Any], metric: str) -> float:
     return sum(values) / len(values)
 
 
-def _markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"**{title}**", "", f"| {' | '.join(header)} |"]
     lines.append("|" + "|".join(["---", *["---:"] * (len(header) - 1)]) + "|")
     lines += [f"| {' | '.join(row)} |" for row in rows]
@@ -314,7 +318,7 @@ def summary(plan: Plan, results: Results) -> str:
         ]
         for merger, row in names
     ]
-    return _markdown("Average accuracy (%)", ["model", *columns], rows) + "\n"
+    return markdown("Average accuracy (%)", ["model", *columns], rows) + "\n"
 
 
 def csv_of(plan: Plan, results: Results) -> str:
@@ -331,6 +335,7 @@ def csv_of(plan: Plan, results: Results) -> str:
             "merger": cell.merger,
             "parameters": ";".join(f"{k}={v}" for k, v in cell.parameters.items()),
             "method": cell.method,
+            "variant": cell.variant,
             "bits": cell.bits,
             "alpha": cell.alpha,
             "choice": cell.choice,

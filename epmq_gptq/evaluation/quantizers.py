@@ -25,7 +25,7 @@ class QuantizeSettings:
 
     Attributes:
         bits, group_size: of the weights.
-        alpha: E-PMQ's anchor; the others have none.
+        alpha: E-PMQ's anchor, None for that of its profile; the others have none.
         batch_size: rows per forward pass.
         device: where it runs.
         options: more options of ``EPMQConfig``.
@@ -33,7 +33,7 @@ class QuantizeSettings:
 
     bits: int = 4
     group_size: int = 32
-    alpha: float = 1.0
+    alpha: float | str | None = None
     batch_size: int = 8
     device: str = "cpu"
     options: Mapping[str, Any] | None = None
@@ -66,8 +66,8 @@ def host_config(method: str, experts: Mapping[str, Path], settings: QuantizeSett
     }
     if method == "E-PMQ":
         named = {name: str(path) for name, path in experts.items()}
-        options = dict(settings.options or {})
-        return EPMQConfig(**common, experts=named, **({"alpha": settings.alpha} | options))
+        options = {"alpha": settings.alpha} | dict(settings.options or {})
+        return EPMQConfig(**common, experts=named, **options)
     return {"RTN": RTNConfig, "GPTQ": GPTQConfig, "AWQ": AWQConfig}[method](**common)
 
 

@@ -41,6 +41,14 @@ def test_every_need_is_a_cell_and_comes_first():
         assert set(plan.needs[name]) <= set(plan.cells)
         seen.add(name)
     epmq = [c for c in plan.cells.values() if c.method == "E-PMQ" and c.choice is None]
+    best = [c for c in epmq if c.variant]
+    assert {(c.merger, c.bits) for c in best} == {
+        (merger, bits)
+        for merger in plan.options.mergers
+        for bits in (4, 3)
+        if merger in plans.MERGERS
+    }
+    epmq = [c for c in epmq if not c.variant]
     assert {c.alpha for c in epmq if c.bits == 4 and c.merger == "average"} == {
         0.01, 0.1, 1.0, 10.0,
     }  # fmt: skip
