@@ -1,4 +1,4 @@
-"""α from held-out rows: several solves from one set of sums, and the best of them.
+"""What is chosen by solving more than once: α by held-out rows, weights by the worst expert.
 
 For each α of a grid the target W* is solved from the rows that are fitted to, and judged by what
 is left of ‖T − b − W* x‖² on rows that are not. W_m itself is in the grid (α → ∞), so what is
@@ -7,7 +7,7 @@ chosen is never worse than the merged weights there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,3 +66,70 @@ def choose_alpha(
                 gains[alpha] += gain(change, shift, held_out[m])
     best = max(grid, key=lambda alpha: gains[alpha])
     return Chosen(best if gains[best] > 0 else None, gains)
+
+
+# How often the weights are moved, and by what factor an expert that keeps nothing gains on one
+# that keeps all that it could.
+_ROUNDS, _STEP = 8, 2.0
+
+
+def min_max_weights(
+    parts: Mapping[str, Sequence[Moments]], alpha: float, *, anchor: str = "identity"
+) -> dict[str, float]:
+    """β_i that raise the expert of which the least is kept, for the layers of one input.
+
+    What is kept of expert i is the gain of the common target on its rows, as a share of the gain of
+    a target of its own. Multiplicative weights: those who keep less than the mean count more.
+
+    Args:
+        parts: expert → moments of each layer, from its rows alone.
+        alpha: strength of the anchor meanwhile.
+        anchor: what λ multiplies.
+
+    Returns:
+        Weights with mean 1, those of the round in which the worst expert kept most.
+    """
+    own = {
+        name: _gain_of(_solved([moments], [1.0], alpha, anchor), moments)
+        for name, moments in parts.items()
+    }
+    names = [name for name, most in own.items() if most > 0]
+    weights = dict.fromkeys(parts, 1.0)
+    best, worst = weights, float("-inf")
+    for _ in range(_ROUNDS if len(names) > 1 else 0):
+        changes = _solved(list(parts.values()), list(weights.values()), alpha, anchor)
+        kept = {name: _gain_of(changes, parts[name]) / own[name] for name in names}
+        if min(kept.values()) > worst:
+            best, worst = weights, min(kept.values())
+        mean = sum(kept.values()) / len(kept)
+        moved = {
+            name: weight * _STEP ** (mean - kept.get(name, mean))
+            for name, weight in weights.items()
+        }
+        total = sum(moved.values()) / len(moved)
+        weights = {name: weight / total for name, weight in moved.items()}
+    return best
+
+
+def _solved(
+    parts: Sequence[Sequence[Moments]], weights: Sequence[float], alpha: float, anchor: str
+) -> list[torch.Tensor | None]:
+    """W* − W_m of each layer under these weights."""
+    H = sum(weight * part[0].H for part, weight in zip(parts, weights, strict=True))
+    L, info = torch.linalg.cholesky_ex(add_anchor_(H, anchor_strength(H, alpha), anchor))
+    if int(info):
+        return [None] * len(parts[0])
+    changes = []
+    for layer in range(len(parts[0])):
+        known = [
+            weight * part[layer].D
+            for part, weight in zip(parts, weights, strict=True)
+            if part[layer].D is not None
+        ]
+        changes.append(torch.cholesky_solve(sum(known).mT, L).mT if known else None)
+    return changes
+
+
+def _gain_of(changes: Sequence[torch.Tensor | None], moments: Sequence[Moments]) -> float:
+    pairs = zip(changes, moments, strict=True)
+    return sum(gain(change, None, one) for change, one in pairs if change is not None)

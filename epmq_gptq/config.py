@@ -84,7 +84,9 @@ class EPMQConfig(GPTQConfig):
             ``data_free``, and by adapters that name none.
         weighting: how much each expert counts: ``"raw"`` sums over its calibration tokens, as the
             paper does; ``"token"``: as if all had equally many tokens; ``"trace"``: as if all had
-            the same tr(H_i) in every layer. See :class:`~epmq_gptq.weighting.Weighting`.
+            the same tr(H_i) in every layer; ``"minmax"``: more for the expert of which the least
+            is kept (memory then grows with the experts). See
+            :class:`~epmq_gptq.weighting.Weighting`.
         expert_weights: a factor on top, for some experts (default 1; 1e-6 to 1e6).
         data_free: experts that have no calibration rows: in place of their Gram goes that of their
             task vector, see :func:`~epmq_gptq.statistics.data_free_gram`. Not part of the paper.

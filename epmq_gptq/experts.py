@@ -128,6 +128,10 @@ class Experts:
         """The weights of one expert; of an adapter, those of its base."""
         return self._experts[name].store
 
+    def adapted(self, name: str) -> dict[str, StoredWeight]:
+        """Linear layer → what an adapter calls it; empty for a whole model."""
+        return self._adapted.get(name, {})
+
     def adapter(self, name: str) -> Adapter | None:
         """What an adapter changes; None for a whole model."""
         return self._experts[name].adapter

@@ -408,8 +408,10 @@ def _trajectories(
         if config.targets_asked_for:
             raise
         warnings.warn(
-            f"experts cannot be run, so the targets are the paper's (eta = rho = 0): {error.cause}",
-            EPMQWarning,
+            EPMQWarning(
+                f"experts cannot be run, so targets are the paper's (eta = rho = 0): {error.cause}",
+                code=error.code,
+            ),
             stacklevel=2,
         )
         config.eta = config.rho = 0.0

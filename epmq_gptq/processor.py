@@ -8,6 +8,7 @@ its Hessian (``solver.py``, ``task.py``).
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -41,15 +42,15 @@ class SharedInput:
 
     Attributes:
         names: the layers, relative to their decoder layer; the first one's hook counts for all.
-        statistics: one per device that ran forward passes, and apart from the others the rows that
-            are held out.
+        statistics: one per device that ran forward passes; apart from the others the rows that are
+            held out, and every expert where its weight is chosen by its sums ("" where it is not).
         error: the first trouble met while counting; nothing more is counted then.
         own_inputs: whether the inputs of the experts' own passes were counted.
         written: full names of the layers whose residual stream was counted.
     """
 
     names: list[str]
-    statistics: dict[tuple[torch.device, bool], GroupStatistics] = field(default_factory=dict)
+    statistics: dict[tuple[torch.device, bool, str], GroupStatistics] = field(default_factory=dict)
     error: Exception | None = None
     own_inputs: bool = False
     written: set[str] = field(default_factory=set)
@@ -225,7 +226,8 @@ class EPMQProcessor(GPTQProcessor):
         keep = self._calibration_tokens(group.names[0])
         rows = _rows(X, keep)
         Z, gaps = self._of_expert(group, index, X, keep)
-        key = X.device, self.plan.held_out[index]
+        apart = expert if self.weighting.keeps_apart else ""
+        key = X.device, self.plan.held_out[index], apart
         with group.lock:
             statistics = group.statistics.get(key)
             if statistics is None:
@@ -238,7 +240,7 @@ class EPMQProcessor(GPTQProcessor):
         """z and r_i − r of a batch, for the layers that have them (routed modules have none)."""
         members = [self.tasks[name].full_name for name in group.names]
         own = None if self.trajectories is None else self.trajectories.inputs(members[0], batch)
-        if own is None or own.shape != X.shape:
+        if own is None or own.numel() != X.numel():
             return None, {}
         group.own_inputs = True
         Z = _rows(own.to(X.device), keep) if self.form.eta else None
@@ -247,7 +249,8 @@ class EPMQProcessor(GPTQProcessor):
             theirs = self.trajectories.stream(member, batch)
             if theirs is not None:
                 ours = getattr(self._streams, self.trajectories.taps[member])
-                gaps[member] = _rows(theirs.to(ours.device).float() - ours.detach().float(), keep)
+                theirs = theirs.to(ours.device).float()
+                gaps[member] = _rows(theirs.reshape(ours.shape) - ours.detach().float(), keep)
                 group.written.add(member)
         return Z, gaps
 
@@ -339,10 +342,10 @@ class EPMQProcessor(GPTQProcessor):
 
     def _solve(self, group: SharedInput) -> None:
         tasks = [self.tasks[name] for name in group.names]
-        fitted = self._reduced(group, held_out=False)
-        if fitted is None:
-            fitted = self._statistics(group, torch.device(tasks[0].module.weight.device))
-        held_out = self._reduced(group, held_out=True)
+        fitted, held_out = (self._reduced(group, held_out=apart) for apart in (False, True))
+        if not fitted:
+            device = torch.device(tasks[0].module.weight.device)
+            fitted = {"": self._statistics(group, device)}
         self._solver.solve(
             tasks, fitted, held_out, group.error, self._shared_input_capture_generation
         )
@@ -350,18 +353,19 @@ class EPMQProcessor(GPTQProcessor):
             task.report.eta = self.form.eta if group.own_inputs else 0.0
             task.report.rho = self.form.rho if task.full_name in group.written else 0.0
 
-    def _reduced(self, group: SharedInput, *, held_out: bool) -> GroupStatistics | None:
+    def _reduced(self, group: SharedInput, *, held_out: bool) -> dict[str, GroupStatistics]:
+        """The sums over all devices, by what is kept apart."""
+        found: dict[str, GroupStatistics] = {}
         # Always in the order of the devices' names, so that a rerun adds in the same order.
-        found = {
-            str(device): s for (device, apart), s in group.statistics.items() if apart == held_out
-        }
-        if not found:
-            return None
-        first, *others = (found[device] for device in sorted(found))
-        self._guarded(group, first.fold)
-        for other in others:
-            self._guarded(group, lambda other=other: first.merge_(other))
-        return first
+        for key in sorted(group.statistics, key=lambda key: str(key[0])):
+            _, is_held_out, expert = key
+            if is_held_out != held_out:
+                continue
+            one = group.statistics[key]
+            first = found.setdefault(expert, one)
+            step = first.fold if first is one else functools.partial(first.merge_, one)
+            self._guarded(group, step)
+        return found
 
     def _mark_bad(self, task: EPMQ, error: EPMQNumericalError) -> None:
         """On the main thread: stop here, or let the task round its merged weight to nearest."""
@@ -385,7 +389,12 @@ class EPMQProcessor(GPTQProcessor):
 
 
 def _rows(X: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """``(n, d)``: the tokens of ``X: (..., d)`` that count; ``keep: (B, S)`` bool, or None."""
-    if torch.is_tensor(keep) and X.dim() >= 3 and keep.shape == X.shape[:2]:
-        X = X[keep.to(device=X.device, dtype=torch.bool)]
-    return X.detach().reshape(-1, X.shape[-1])
+    """``(n, d)``: the tokens of ``X: (B, S, d)`` or ``(B · S, d)`` that count.
+
+    Args:
+        keep: ``(B, S)`` bool, or None where all count.
+    """
+    rows = X.detach().reshape(-1, X.shape[-1])
+    if torch.is_tensor(keep) and keep.numel() == len(rows):
+        return rows[keep.to(device=X.device, dtype=torch.bool).reshape(-1)]
+    return rows

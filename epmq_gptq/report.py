@@ -28,6 +28,7 @@ class ModuleReport:
             streams in the target; 0 where the layer has none.
         held_out: of ``alpha="auto"``: alpha → by how much the error on the held-out rows falls
             below that of the merged weight, over the layers of this input.
+        weights: of ``weighting="minmax"``: what each expert counts in this layer.
         held_out_gain: by how much that error falls with the rounded weight; below 0 it rises.
         bias_shift: norm of what was added to the bias, None where it stays.
     """
@@ -47,6 +48,7 @@ class ModuleReport:
     eta: float = 0.0
     rho: float = 0.0
     held_out: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
     held_out_gain: float | None = None
     bias_shift: float | None = None
 

@@ -18,9 +18,12 @@ _SHARE = 0.99
 
 
 def first_states(arguments: tuple, options: dict[str, Any]) -> Tensor | None:
-    """The hidden states among a module's arguments: the first floating tensor of three axes."""
+    """The hidden states among a module's arguments: the first floating tensor of two or three axes.
+
+    Two, ``(B · S, d)``, where a layer takes its tokens apart (OPT).
+    """
     for value in (*arguments, *options.values()):
-        if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
+        if isinstance(value, Tensor) and value.dim() in (2, 3) and value.is_floating_point():
             return value
     return None
 
@@ -37,24 +40,24 @@ def residual_taps(
         linears: names of its linear layers.
         run: runs a batch through the layer and returns its output.
     """
-    given: dict[str, Tensor] = {}
-    written: dict[str, Tensor] = {}
+    seen = _Seen()
     hooks = []
     for name, module in layer.named_modules():
         if name in linears:
-            hooks.append(module.register_forward_hook(_output_of(written, name)))
+            hooks.append(module.register_forward_hook(seen.output_of(name)))
         elif not isinstance(module, nn.ModuleList):
-            hooks.append(module.register_forward_pre_hook(_input_of(given, name), with_kwargs=True))
+            hook = module.register_forward_pre_hook(seen.input_of(name), with_kwargs=True)
+            hooks.append(hook)
     try:
         output = run()
     finally:
         for hook in hooks:
             hook.remove()
     states = (output[0] if isinstance(output, tuple) else output)[:1]
-    streams = {name: x for name, x in given.items() if x.shape == states.shape}
+    streams = {name: x for name, x in seen.given.items() if x.shape == states.shape}
     after = [*streams.values(), states]
     taps = {}
-    for name, y in written.items():
+    for name, y in seen.written.items():
         if y.shape != states.shape:
             continue
         # A norm rather than the layer: it is given the stream in one way only.
@@ -65,6 +68,34 @@ def residual_taps(
     return taps
 
 
+class _Seen:
+    """The first row of what modules are given and of what linear layers write: ``(1, S, d)``."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Tensor] = {}
+        self.written: dict[str, Tensor] = {}
+        self._length = 0
+
+    def input_of(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple, options: dict) -> None:
+            states = first_states(arguments, options)
+            if states is not None:
+                self._length = self._length or states.shape[1]  # the layer itself comes first
+                self.given[name] = self._first_row(states)
+
+        return hook
+
+    def output_of(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+            self.written[name] = self._first_row(output)
+
+        return hook
+
+    def _first_row(self, states: Tensor) -> Tensor:
+        row = states.detach()
+        return (row[:1] if row.dim() == 3 else row[None, : self._length]).clone()
+
+
 def _is_sum(total: Tensor, stream: Tensor, y: Tensor) -> bool:
     eps = 4 * torch.finfo(total.dtype).eps
     atol = eps * float(total.abs().mean())
@@ -73,19 +104,3 @@ def _is_sum(total: Tensor, stream: Tensor, y: Tensor) -> bool:
         return float(torch.isclose(total, other, rtol=eps, atol=atol).float().mean())
 
     return equal(stream + y) >= _SHARE and equal(stream) < _SHARE
-
-
-def _input_of(given: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, arguments: tuple, options: dict) -> None:
-        states = first_states(arguments, options)
-        if states is not None:
-            given[name] = states.detach()[:1].clone()
-
-    return hook
-
-
-def _output_of(written: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-        written[name] = output.detach()[:1].clone()
-
-    return hook

@@ -101,6 +101,9 @@ class Skeleton:
 
     # ---- names -------------------------------------------------------------------------------
 
+    def __contains__(self, module: str) -> bool:
+        return module in self._modules
+
     def names_in(
         self, store: Container[str], *, what: str, apart_from: Container[str] = ()
     ) -> dict[str, str]:

@@ -6,23 +6,25 @@ Runs on the main thread, after a subset's forward passes and before any of its l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from gptqmodel.quantization.gptq import SharedHessianFactorCache
 from gptqmodel.utils.fallback import should_use_fallback
 
-from .choice import choose_alpha
+from .choice import choose_alpha, min_max_weights
 from .errors import EPMQNumericalError
 from .experts import Experts, check_finite
-from .statistics import GroupStatistics, Moments, data_free_gram
+from .statistics import GroupStatistics, Moments, combined, data_free_gram
 from .target import add_anchor_, anchor_strength, centred, expert_target, numerical_rank
 from .task import EPMQ
 from .weighting import Weighting
 
 # Where the merged weight is the target, the curvature is damped as the host damps its own.
 PLAIN_DAMPING = 0.05
+# The anchor under which experts are weighed where α itself is still to be chosen.
+_ALPHA_OF_WEIGHTS = 0.01
 
 
 class _Group(NamedTuple):
@@ -73,8 +75,8 @@ class TargetSolver:
     def solve(
         self,
         tasks: list[EPMQ],
-        fitted: GroupStatistics,
-        held_out: GroupStatistics | None,
+        fitted: Mapping[str, GroupStatistics],
+        held_out: Mapping[str, GroupStatistics],
         error: Exception | None,
         generation: int,
     ) -> None:
@@ -82,16 +84,18 @@ class TargetSolver:
 
         Args:
             tasks: the layers of one input.
-            fitted: the sums that targets are solved from.
-            held_out: of the rows that choose α; None where there are none.
+            fitted: expert → the sums that targets are solved from; of all experts together under
+                one name, unless their weights are chosen here.
+            held_out: the same of the rows that choose α; may be empty.
             error: the first trouble met while counting.
             generation: of the host's cache of factors.
         """
-        parts = [fitted] if held_out is None else [fitted, held_out]
-        tokens = _added(part.tokens for part in parts)
+        parts = [part for part in (fitted, held_out) if part]
+        tokens = _added(one.tokens for part in parts for one in part.values())
+        device = next(iter(fitted.values())).device
         merged = {}
         for task in tasks:
-            merged[task] = task.merged_weight(fitted.device)
+            merged[task] = task.merged_weight(device)
             # Nothing sensible can be made of a broken merge, whatever the policy.
             check_merged(task, merged[task])
             task.expect(tokens)
@@ -101,31 +105,45 @@ class TargetSolver:
             for task in tasks:
                 self._on_bad(task, error)
             return
-        grams = [part.gram() for part in parts]
         total = sum(tokens.values())
         if total == 0 and all(self._is_routed(t.full_name) for t in tasks):
             # The limit of eq. 12 where only the anchor is left: ‖Q − W_m‖².
-            grams[0].fill_diagonal_(1.0)
+            H = torch.eye(tasks[0].columns, device=device)
             for task in tasks:
                 _keep_merged(task, "no calibration token was routed here")
-                task.aim(merged[task], grams[0], tokens=1)
+                task.aim(merged[task], H, tokens=1)
             return
-        if not any(bool(gram.diagonal().any()) for gram in grams):
+        taken = [{name: _taken(one, tasks, merged) for name, one in part.items()} for part in parts]
+        weights = self._weights(tasks, taken[0])
+        moments = [_summed(part, weights) for part in taken]
+        if not any(bool(part[tasks[0]].H.diagonal().any()) for part in moments):
             # Also where no token came at all: λ is 0 too, so nothing says how to round.
             for task in tasks:
                 self._on_bad(task, task.no_input(total))
             return
-        moments = [
-            {task: part.take(task.full_name, gram, merged[task]) for task in tasks}
-            for part, gram in zip(parts, grams, strict=True)
-        ]
         alphas = self._alphas(tasks, moments)
         whole = moments[0]
-        for other, gram in zip(moments[1:], grams[1:], strict=True):
-            grams[0].add_(gram)  # what was held out is calibration, too
-            whole = {task: _with(whole[task], other[task]) for task in tasks}
+        if len(moments) > 1:
+            H = whole[tasks[0]].H.add_(moments[1][tasks[0]].H)  # what was held out counts, too
+            whole = {t: combined([whole[t], moments[1][t]], [1, 1], H) for t in tasks}
         apart = moments[1] if len(moments) > 1 else {}
         self._aim(tasks, whole, alphas, _Group(merged, apart, total, generation))
+
+    def _weights(
+        self, tasks: list[EPMQ], parts: Mapping[str, dict[EPMQ, Moments]]
+    ) -> dict[str, float]:
+        """What each part counts beside the β_i that it holds already."""
+        if len(parts) < 2:
+            return dict.fromkeys(parts, 1.0)
+        alpha = tasks[0].alpha if isinstance(tasks[0].alpha, float) else _ALPHA_OF_WEIGHTS
+        found = min_max_weights(
+            {name: [part[task] for task in tasks] for name, part in parts.items()},
+            alpha,
+            anchor=self._anchor,
+        )
+        for task in tasks:
+            task.report.weights = found
+        return found
 
     # ---- α -------------------------------------------------------------------------------------
 
@@ -291,13 +309,26 @@ def _keep_merged(task: EPMQ, reason: str) -> None:
     task.report.target, task.report.reason = "merged", reason
 
 
-def _with(one: Moments, other: Moments) -> Moments:
-    """The sums of both; ``one`` is used up, and its H has the other's already."""
-    D = one.D if other.D is None else other.D if one.D is None else one.D.add_(other.D)
-    if one.inputs is None:
-        return one._replace(D=D, count=one.count + other.count)
-    inputs, outputs = one.inputs + other.inputs, one.outputs + other.outputs
-    return Moments(one.H, D, inputs, outputs, one.count + other.count)
+def _taken(
+    statistics: GroupStatistics, tasks: list[EPMQ], merged: Mapping[EPMQ, torch.Tensor]
+) -> dict[EPMQ, Moments]:
+    H = statistics.gram()
+    return {task: statistics.take(task.full_name, H, merged[task]) for task in tasks}
+
+
+def _summed(
+    parts: Mapping[str, dict[EPMQ, Moments]], weights: Mapping[str, float]
+) -> dict[EPMQ, Moments]:
+    """The moments of all experts together; those of the parts are used up."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    factors = [weights[name] for name in parts]
+    first = next(iter(parts.values()))
+    H = sum(
+        factor * next(iter(part.values())).H
+        for part, factor in zip(parts.values(), factors, strict=True)
+    )
+    return {task: combined([p[task] for p in parts.values()], factors, H) for task in first}
 
 
 def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:

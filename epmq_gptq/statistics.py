@@ -20,7 +20,7 @@ equals the merge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -130,6 +130,33 @@ def data_free_gram(task_vector: WeightDelta, energy: float) -> torch.Tensor:
             torch_gram_update(C, rows)
     trace = float(C.diagonal().sum(dtype=torch.float64))
     return C.mul_(energy / trace) if trace > 0 else C.zero_()
+
+
+def combined(parts: Sequence[Moments], weights: Sequence[float], H: torch.Tensor) -> Moments:
+    """The moments of one layer over several sets of rows; those of the first set are used up.
+
+    Args:
+        parts: of each set.
+        weights: what each counts.
+        H: their Grams, added up in the same way.
+    """
+    D = inputs = outputs = None
+    for part, weight in zip(parts, weights, strict=True):
+        D = _add_(D, part.D, weight)
+        inputs = _add_(inputs, part.inputs, weight)
+        outputs = _add_(outputs, part.outputs, weight)
+    count = sum(weight * part.count for part, weight in zip(parts, weights, strict=True))
+    return Moments(H, D, inputs, outputs, count)
+
+
+def _add_(
+    total: torch.Tensor | None, part: torch.Tensor | None, weight: float
+) -> torch.Tensor | None:
+    if part is None:
+        return total
+    if total is None:
+        return part if weight == 1 else part * weight
+    return total.add_(part, alpha=weight)
 
 
 class _Sums:

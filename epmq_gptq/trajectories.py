@@ -64,6 +64,10 @@ class ExpertTrajectories:
         self._plan = plan
         self._linears = {linear.name: linear for linear in linears}
         self._skeleton = Skeleton(merged, torch.device(device), dtype)
+        # Module of the network → the layers that the host makes of it (it takes joined ones apart).
+        self._parts: dict[str, list[str]] = {}
+        for linear in self._linears.values():
+            self._parts.setdefault(self._module_of(linear), []).append(linear.name)
         self._names = {name: self._tensors_of(name) for name in dict.fromkeys(plan.experts)}
         self._walk = LayerWalk(plan.batches, torch.device(device))
         self._next = {stack.path: 0 for stack in self._skeleton.stacks}
@@ -115,6 +119,11 @@ class ExpertTrajectories:
         """Forget everything that was kept."""
         self._clear()
         self._layer = None
+
+    def _module_of(self, linear: Linear) -> str:
+        places = (place.tensor.removesuffix(".weight") for place in linear.joined)
+        known = (name for name in (linear.name, *places) if name in self._skeleton)
+        return next(known, linear.name)
 
     # ---- layer by layer ------------------------------------------------------------------------
 
@@ -170,15 +179,18 @@ class ExpertTrajectories:
             return run(batch)
         layer = stack.layers[index]
         linears = {
-            name: module for name, module in stack.linears(index).items() if name in self._linears
+            name: module for name, module in stack.linears(index).items() if name in self._parts
         }
         if not self.taps and not any(self._inputs):  # the first batch of this layer
             relative = {name.removeprefix(f"{stack.name(index)}."): name for name in linears}
             taps = residual_taps(layer, list(relative), lambda: run(batch))
-            self.taps = {relative[name]: tap for name, tap in taps.items()}
+            self.taps = {
+                part: tap for name, tap in taps.items() for part in self._parts[relative[name]]
+            }
         hooks = [
-            module.register_forward_pre_hook(_keep(self._inputs[batch], name), with_kwargs=True)
+            module.register_forward_pre_hook(_keep(self._inputs[batch], part), with_kwargs=True)
             for name, module in linears.items()
+            for part in self._parts[name]
         ]
         hooks += [
             layer.get_submodule(tap).register_forward_pre_hook(
@@ -226,11 +238,13 @@ class ExpertTrajectories:
         what = f"expert `{expert}`"
         adapter = self._experts.adapter(expert)
         if adapter is not None:
+            adapted = self._experts.adapted(expert)
             strangers = [*adapter.unused, *self._not_quantized(adapter.modules)]
+            strangers += [name for name in adapted if name not in self._skeleton]
             if strangers:
                 raise EPMQInputError(
-                    f"{what}: its adapter also changes `{strangers[0]}`, which is not quantized, "
-                    "so its own pass cannot be run exactly.",
+                    f"{what}: its adapter changes `{strangers[0]}`, which is not quantized or part "
+                    "of a joined layer, so its own pass cannot be run exactly.",
                     code="EPMQ-F34",
                     subject=what,
                     remedy="Merge the adapter into its base, or set `eta=0, rho=0` (the paper's "

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-WEIGHTINGS = ("raw", "token", "trace")
+WEIGHTINGS = ("raw", "token", "trace", "minmax")
 
 
 class Weighting:
@@ -17,6 +17,9 @@ class Weighting:
       tokens (RegMean, arXiv 2212.09849, divides by the tokens).
     - ``trace``: w_i · (N/K) d / tr(H_i), so that every Gram has the same trace: neither length nor
       norm counts.
+    - ``minmax``: w_i here, and for the layers of each input a further factor that raises the expert
+      of which the least is kept (:func:`~epmq_gptq.choice.min_max_weights`). Needs the sums of
+      every expert apart, so memory grows with K.
 
     N is the number of all tokens, K of the experts with calibration rows; with these factors Σ β_i
     H_i keeps the size of the raw sums, and with it the meaning of the reported losses.
@@ -50,6 +53,11 @@ class Weighting:
     def needs_whole_gram(self) -> bool:
         """Whether β_i can only be known when all of an expert's inputs were counted."""
         return self.kind == "trace"
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether every expert's sums are wanted apart from the others'."""
+        return self.kind == "minmax"
 
     def of(self, expert: str, H_i: torch.Tensor) -> float:
         """β_i for the Gram ``H_i: (d, d)``."""

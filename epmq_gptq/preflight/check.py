@@ -51,6 +51,8 @@ def preflight(
     verify: str = "sample",
     device: str = "cpu",
     dtype_bytes: int | None = None,
+    runs_experts: bool = False,
+    chooses_alpha: bool = False,
 ) -> Preflight:
     """Everything that can be said of a run before any compute; raises nothing that it can report.
 
@@ -69,6 +71,7 @@ def preflight(
         verify: ``"headers"``, ``"sample"`` or ``"full"``.
         device: for the estimate of the time.
         dtype_bytes: of the computation; None for that of the merged model's layers.
+        runs_experts, chooses_alpha: what the targets need, for the estimates.
 
     Raises:
         EPMQInputError: ``verify`` is none of the three.
@@ -90,7 +93,14 @@ def preflight(
     result.estimates = {"disk": estimates.disk(merged, linears, export, dtype_bytes)}
     if tokens:
         result.estimates |= _run_estimates(
-            merged, linears, tokens, len(experts.names), device, dtype_bytes
+            merged,
+            linears,
+            tokens,
+            len(experts.names),
+            device,
+            dtype_bytes,
+            runs_experts=runs_experts,
+            chooses_alpha=chooses_alpha,
         )
     # Weights that do not fit cannot be compared; what is wrong with them is said already.
     if verify != "headers" and experts.names and not _unfit(result):
@@ -178,6 +188,7 @@ def _run_estimates(
     experts: int,
     device: str,
     dtype_bytes: int | None,
+    **targets: bool,
 ) -> dict[str, Any]:
     total = sum(tokens.values())
     config = merged.config()
@@ -188,7 +199,7 @@ def _run_estimates(
     half = estimates.measure_rate(device, torch.bfloat16) if dtype_bytes == 2 else None
     return {
         "memory": estimates.memory(
-            merged, linears, tokens=total, hidden=hidden, dtype_bytes=dtype_bytes
+            merged, linears, tokens=total, hidden=hidden, dtype_bytes=dtype_bytes, **targets
         ),
         "time": estimates.duration(
             linears,
@@ -198,6 +209,7 @@ def _run_estimates(
             rate=estimates.measure_rate(device),
             forward_rate=half,
             device=device,
+            **targets,
         ),
     }
 

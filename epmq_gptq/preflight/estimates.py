@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..choice import GRID
 from ..linears import Linear, resolve
 from .serving import Export
 
@@ -27,6 +28,7 @@ MODULE_SECONDS = 0.03
 PACKED_PER_SECOND = 3e7
 # Everything that is not counted: Python, copies, attention, reading experts.
 LOW, HIGH = 0.7, 3.0
+_LAYER = re.compile(r"\D*?\.\d+(?=\.)")
 _LAST_INDEX = re.compile(r"\.\d+$")
 # Seconds of a measurement of the device, of which there are two at most; sizes of its product.
 _MEASURE_SECONDS, _MEASURE_SIZE = 0.15, {"cpu": 512, "cuda": 4096}
@@ -91,34 +93,72 @@ def memory(
     tokens: int,
     hidden: int,
     dtype_bytes: int,
+    runs_experts: bool = False,
+    chooses_alpha: bool = False,
 ) -> dict[str, int]:
     """Bytes at the peak, on the device and the host together.
 
     The model as it is loaded; two Grams and the factor of every shared input of the widest group,
     one D per layer of it, the merged and the target weight of its largest layer; the inputs of the
     current layer and its outputs for all tokens.
+
+    Args:
+        runs_experts: the experts' own inputs of all linear layers of one layer are held as well,
+            one layer of one expert and what surrounds the layers, and two more Grams per input.
+        chooses_alpha: the held-out rows have Grams and D of their own.
     """
+    linears = list(linears)
     numel = sum(merged.info(name).numel for name in merged)
     statistics = 0
     for members in groups(linears).values():
         d = members[0].inputs
         inputs = len({li.name.rpartition(".")[0] for li in members})
-        held = (2 * inputs + 1) * d * d + sum(li.outputs * d for li in members)
+        sums = (4 if runs_experts else 2) * inputs * d * d + sum(li.outputs * d for li in members)
+        held = (2 if chooses_alpha else 1) * sums + d * d
         held += 3 * max(li.outputs * d for li in members)
         statistics = max(statistics, held * FP32)
     model, activations = numel * dtype_bytes, 2 * tokens * hidden * dtype_bytes
-    return {
-        "model": model,
-        "statistics": statistics,
-        "activations": activations,
-        "peak": model + statistics + activations,
-    }
+    found = {"model": model, "statistics": statistics, "activations": activations}
+    if runs_experts:
+        found["experts"] = _of_expert_passes(numel, linears, tokens, hidden) * dtype_bytes
+    return found | {"peak": sum(found.values())}
+
+
+def _of_expert_passes(numel: int, linears: list[Linear], tokens: int, hidden: int) -> int:
+    """Numbers that the experts' own passes hold; routed modules have none."""
+    layers: dict[str, list[Linear]] = {}
+    for linear in linears:
+        layers.setdefault(layer_of(linear.name), []).append(linear)
+    widest = 0
+    for members in layers.values():
+        inputs = {(li.name.rpartition(".")[0], li.inputs) for li in members if not _routed(li)}
+        weights = sum(li.inputs * li.outputs for li in members if not _routed(li))
+        # Beside the inputs: two streams, and what the layer before returned.
+        widest = max(widest, tokens * (sum(d for _, d in inputs) + 3 * hidden) + weights)
+    return widest + numel - sum(li.inputs * li.outputs for li in linears)
+
+
+def layer_of(module: str) -> str:
+    """``model.layers.3.mlp.up_proj`` → ``model.layers.3``; a module in no layer is its own."""
+    found = _LAYER.match(module)
+    return found[0] if found else module
+
+
+def _routed(linear: Linear) -> bool:
+    return ".experts." in linear.name
 
 
 def flops(
-    linears: Iterable[Linear], *, tokens: int, experts: int, shares: Mapping[int, float]
+    linears: Iterable[Linear],
+    *,
+    tokens: int,
+    experts: int,
+    shares: Mapping[int, float],
+    runs_experts: bool = False,
+    chooses_alpha: bool = False,
 ) -> dict[str, float]:
     """Floating-point operations of every phase; tokens of all experts together."""
+    solves = 1 + len(GRID) if chooses_alpha else 1
     forward = gram = fold = solve = 0.0
     for members in groups(linears).values():
         d = members[0].inputs
@@ -128,7 +168,10 @@ def flops(
         forward += PASSES * 2 * reached * d * outputs
         gram += 2 * reached * d * d * inputs
         fold += 2 * experts * outputs * d * d
-        solve += (4 / 3 + 1 / 3) * d**3 * inputs + 3 * outputs * d * d
+        solve += 4 / 3 * d**3 * inputs + solves * (d**3 / 3 * inputs + 3 * outputs * d * d)
+        if runs_experts:
+            forward += 2 * reached * d * outputs
+            gram += 2 * reached * d * d * inputs
     return {"forward": forward, "gram": gram, "fold": fold, "solve": solve}
 
 
@@ -158,6 +201,7 @@ def duration(
     rate: float,
     forward_rate: float | None = None,
     device: str = "cpu",
+    **targets: bool,
 ) -> dict[str, Any]:
     """Seconds, as a range: what was counted at the measured rate, times 0.7 to 3.
 
@@ -169,9 +213,10 @@ def duration(
         rate: FLOP/s in fp32, see :func:`measure_rate`.
         forward_rate: FLOP/s in the dtype of the forward passes; None for the same.
         device: for the cost per column of the rounding loop.
+        targets: ``runs_experts`` and ``chooses_alpha``, as in :func:`memory`.
     """
     linears = list(linears)
-    work = flops(linears, tokens=tokens, experts=experts, shares=shares)
+    work = flops(linears, tokens=tokens, experts=experts, shares=shares, **targets)
     forward_rate = forward_rate or rate
     phases = {
         name: count / (forward_rate if name == "forward" else rate) for name, count in work.items()

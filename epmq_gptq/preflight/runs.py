@@ -67,5 +67,7 @@ def check_run(
         on_bad_module=config.on_bad_module,
         base=None if experts.base is None else experts.base[0],
         tokens=tokens,
+        runs_experts=config.runs_experts,
+        chooses_alpha=config.chooses_alpha,
         **depth,
     )

@@ -150,10 +150,11 @@ def _estimates(estimates: dict[str, Any]) -> Iterator[Text]:
         )
     memory = estimates.get("memory")
     if memory:
+        named = {"experts": "the experts' own passes"}
+        parts = [(named.get(key, key), size) for key, size in memory.items() if key != "peak"]
         yield Text(
             f"estimated   memory at the peak: {human_size(memory['peak'])} "
-            f"(model {human_size(memory['model'])}, statistics "
-            f"{human_size(memory['statistics'])}, activations {human_size(memory['activations'])})"
+            f"({', '.join(f'{name} {human_size(size)}' for name, size in parts)})"
         )
     duration = estimates.get("time")
     if duration:

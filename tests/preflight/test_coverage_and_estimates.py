@@ -99,3 +99,35 @@ def test_time_grows_with_tokens_and_falls_with_the_rate():
 
 def test_a_rate_is_measured_quickly():
     assert 1e8 < estimates.measure_rate("cpu", torch.float32) < 1e15
+
+
+def test_experts_own_passes_and_held_out_rows_cost_memory_and_time():
+    merged = store(tensors())
+    options = dict(tokens=100, hidden=8, dtype_bytes=2)
+    plain = estimates.memory(merged, linears(), **options)
+    own = estimates.memory(merged, linears(), **options, runs_experts=True)
+    chosen = estimates.memory(merged, linears(), **options, chooses_alpha=True)
+    assert "experts" not in plain and own["experts"] > 100 * 8 * 2
+    assert own["peak"] - plain["peak"] == own["experts"] + own["statistics"] - plain["statistics"]
+    assert plain["statistics"] < chosen["statistics"] < 2 * plain["statistics"]
+    work = dict(tokens=1000, experts=2, shares={})
+    plain, own, chosen = (
+        estimates.flops(linears(), **work, **more)
+        for more in ({}, {"runs_experts": True}, {"chooses_alpha": True})
+    )
+    assert own["gram"] == 2 * plain["gram"] and own["fold"] == plain["fold"]
+    assert own["forward"] == pytest.approx(plain["forward"] * (1 + 1 / estimates.PASSES))
+    assert chosen["solve"] > 2 * plain["solve"] and chosen["forward"] == plain["forward"]
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [
+        ("model.layers.3.mlp.up_proj", "model.layers.3"),
+        ("encoder.block.0.layer.1.DenseReluDense.wo", "encoder.block.0"),
+        ("transformer.h.11.attn.c_attn", "transformer.h.11"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_a_layer_is_found_in_the_name_of_a_module(module, layer):
+    assert estimates.layer_of(module) == layer
