@@ -168,10 +168,10 @@ class EPMQConfig(GPTQConfig):
         if self.profile not in PROFILES:
             raise bad_option("profile", f"one of {', '.join(PROFILES)}", self.profile)
         profile = PROFILES[self.profile]
-        self.targets_asked_for = self.eta is not None or self.rho is not None
-        for name in profile._fields:
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(profile, name))
+        # Not fields: what the profile fills in is not written out as if it had been asked for.
+        self.left_open = tuple(name for name in profile._fields if getattr(self, name) is None)
+        for name in self.left_open:
+            setattr(self, name, getattr(profile, name))
         if self.alpha is not None:
             self.alpha = check_alpha(self.alpha, "alpha", auto=True)
         for name in ("eta", "rho"):
@@ -186,6 +186,11 @@ class EPMQConfig(GPTQConfig):
         self.held_out = number(self.held_out, "held_out")
         if not 0 < self.held_out <= 0.5:
             raise bad_option("held_out", "above 0 and at most 0.5", self.held_out)
+
+    @property
+    def targets_asked_for(self) -> bool:
+        """Whether ``eta`` or ``rho`` was given, not left to the profile."""
+        return not {"eta", "rho"} <= set(self.left_open)
 
     @property
     def runs_experts(self) -> bool:

@@ -72,7 +72,7 @@ def options_of(config: Any) -> dict[str, Any]:
     """Every option of a configuration that differs from its default, as plain data."""
     options: dict[str, Any] = {"epmq_config_version": CONFIG_VERSION}
     for option in dataclasses.fields(config):
-        if not option.init or option.name in _NOT_SERIALISED:
+        if not option.init or option.name in (*_NOT_SERIALISED, *config.left_open):
             continue
         value = getattr(config, option.name)
         if value != _normalised_default(option):

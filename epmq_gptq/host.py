@@ -292,6 +292,8 @@ def quantize_with_experts(
         log = _loop(model, processor, backend)
     finally:
         experts.close()
+        if trajectories is not None:
+            trajectories.close()
     report = _report(processor, linears, checked, time.perf_counter() - start)
     report.provenance = provenance(merged, config, experts, report)
     config.meta["epmq"] = report.provenance

@@ -248,11 +248,23 @@ class EPMQProcessor(GPTQProcessor):
         for member in members if self.form.rho else ():
             theirs = self.trajectories.stream(member, batch)
             if theirs is not None:
-                ours = getattr(self._streams, self.trajectories.taps[member])
+                ours = self._stream(member)
                 theirs = theirs.to(ours.device).float()
                 gaps[member] = _rows(theirs.reshape(ours.shape) - ours.detach().float(), keep)
                 group.written.add(member)
         return Z, gaps
+
+    def _stream(self, member: str) -> torch.Tensor:
+        ours = getattr(self._streams, self.trajectories.taps[member], None)
+        if ours is None:
+            raise EPMQHostError(
+                f"`{member}`: GPTQModel ran a copy of its layer without our hooks, so the residual "
+                "stream before it is not known.",
+                code="EPMQ-F49",
+                subject=f"module `{member}`",
+                remedy="Use one device, or set `rho=0`.",
+            )
+        return ours
 
     def _calibration_tokens(self, name: str) -> torch.Tensor | None:
         """``(B, S)`` bool, the tokens that count in the running batch; None: all of them.

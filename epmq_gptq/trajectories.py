@@ -116,9 +116,11 @@ class ExpertTrajectories:
         return None if tap is None else self._streams[batch].get(tap)
 
     def close(self) -> None:
-        """Forget everything that was kept."""
+        """Forget everything that was kept; no layer can be entered after it."""
         self._clear()
         self._layer = None
+        self._skeleton.empty(self._skeleton.outer(embeddings=True))
+        self._walk = LayerWalk([], self._skeleton.device)
 
     def _module_of(self, linear: Linear) -> str:
         places = (place.tensor.removesuffix(".weight") for place in linear.joined)

@@ -1,11 +1,13 @@
 """EPMQConfig checks itself, says which option is wrong, and survives JSON and YAML."""
 
 import json
+import re
 
 import pytest
 from gptqmodel.quantization.config import GPTQConfig
 
 from epmq_gptq import EPMQConfig, EPMQInputError
+from epmq_gptq.profiles import paper_alpha
 
 EXPERTS = {"math": "org/math@main", "code": "some/folder"}
 
@@ -79,7 +81,7 @@ def test_files_and_unknown_options(tmp_path):
         ({"experts": {"a b": "x"}}, r"`experts`: a name should be letters.*'a b'"),
         ({"experts": {"a": ""}}, r"`experts\['a'\]` should be a folder, a hub id"),
         ({"base": 3}, r"`base` should be a folder or a hub id, got 3"),
-        ({"weighting": "norm"}, r"`weighting` should be one of raw, token, trace, got 'norm'"),
+        ({"weighting": "norm"}, r"`weighting` should be one of raw, token, trace, minmax, got 'norm'"),
         ({"expert_weights": {"x": 1}}, r"`expert_weights` names 'x', which is not one of"),
         ({"expert_weights": {"math": 0}}, r"`expert_weights\['math'\]` should be above 0, got 0"),
         ({"expert_weights": {"math": "1"}}, r"should be a number, got '1'"),
@@ -163,3 +165,63 @@ def test_it_is_a_standard_gptq_config_to_every_reader():
     assert "experts" not in json.dumps(written) and config.offload_to_disk_path not in str(written)
     plain = GPTQConfig.from_quant_config(json.loads(json.dumps(written)))
     assert type(plain) is GPTQConfig and plain.bits == 4
+
+
+# ---- profiles ------------------------------------------------------------------------------------
+
+
+def test_the_paper_profile_is_the_papers_algorithm():
+    config = EPMQConfig(experts=EXPERTS, profile="paper")
+    assert (config.eta, config.rho, config.anchor, config.bias_refit) == (0, 0, "identity", False)
+    assert config.alpha is None  # until the model is known
+    assert not config.runs_experts and not config.chooses_alpha
+
+
+def test_what_is_given_wins_over_the_profile():
+    config = EPMQConfig(experts=EXPERTS, alpha=0.5, rho=0)
+    assert (config.alpha, config.eta, config.rho) == (0.5, 1.0, 0.0)
+    assert config.runs_experts and config.targets_asked_for
+    assert not EPMQConfig(experts=EXPERTS).targets_asked_for
+    assert EPMQConfig(experts=EXPERTS, alpha=1, alpha_pattern={"q": "auto"}).chooses_alpha
+
+
+def test_what_a_profile_fills_in_is_not_written_out():
+    config = EPMQConfig(experts=EXPERTS, rho=0.5)
+    options = config.to_options()
+    assert options["rho"] == 0.5 and not {"eta", "alpha", "anchor", "bias_refit"} & set(options)
+    again = EPMQConfig.from_yaml(config.to_yaml())
+    assert again.left_open == config.left_open and again.eta == config.eta
+    assert EPMQConfig(experts=EXPERTS, profile="paper").to_options()["profile"] == "paper"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method", "alpha"),
+    [
+        ("clip", "task_arithmetic", 0.01),
+        ("clip_vision_model", None, 0.01),
+        ("t5", "ties", 0.01),
+        ("llama", "average", 1.0),
+        ("llama", "wudi", 10.0),
+        ("clip", "WUDI", 10.0),
+    ],
+)
+def test_the_papers_alpha_is_that_of_the_family_and_the_merge(model_type, method, alpha):
+    assert paper_alpha(model_type, method) == alpha
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"profile": "fast"}, "`profile` should be one of best, paper, got 'fast'"),
+        ({"eta": 1.5}, "`eta` should be between 0 and 1, got 1.5"),
+        ({"rho": "1"}, "`rho` should be a number, got '1'"),
+        ({"anchor": "diag"}, "`anchor` should be one of identity, channel, got 'diag'"),
+        ({"bias_refit": 1}, "`bias_refit` should be True or False, got 1"),
+        ({"held_out": 0}, "`held_out` should be above 0 and at most 0.5, got 0"),
+        ({"alpha": "best"}, "`alpha` should be a number or \"auto\", got 'best'"),
+        ({"weighting": "max"}, "`weighting` should be one of raw, token, trace, minmax"),
+    ],
+)
+def test_wrong_targets_are_named(options, message):
+    with pytest.raises(EPMQInputError, match=re.escape(message)):
+        EPMQConfig(experts=EXPERTS, **options)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ..console import Reporter
-from ..demo.options import ALPHA as DEMO_ALPHA
 from ..errors import EPMQInputError
 from .common import Out, Overwrite, Verbose, place, print_checkpoint
 
@@ -21,8 +20,9 @@ def demo(
     bits: Annotated[int, typer.Option(help="Bits of all methods.")] = 4,
     group_size: Annotated[int, typer.Option(help="Weights per scale.")] = 32,
     alpha: Annotated[
-        float, typer.Option(help="Strength of E-PMQ's anchor to the merge.")
-    ] = DEMO_ALPHA,
+        float | None,
+        typer.Option(help="Strength of E-PMQ's anchor to the merge; default: chosen by itself."),
+    ] = None,
     method: Annotated[str, typer.Option(help="Merge method.")] = "average",
     awq: Annotated[bool, typer.Option("--awq", help="Also GPTQModel's AWQ (minutes).")] = False,
     seed: Annotated[int, typer.Option(help="Of the models and the data.")] = 0,

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from .options import PAPER, PAPER_ALPHA
 from .rows import Row
 
-METHODS = ("RTN", "GPTQ", "AWQ", "E-PMQ")
+METHODS = ("RTN", "GPTQ", "AWQ", PAPER, "E-PMQ")
 
 
 @contextlib.contextmanager
@@ -31,11 +32,11 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """What every method is given alike."""
+    """What every method is given alike; ``alpha`` is E-PMQ's, None for its profile's."""
 
     bits: int = 4
     group_size: int = 32
-    alpha: float = 1.0
+    alpha: float | None = None
     batch_size: int = 8
 
 
@@ -70,8 +71,10 @@ def quantize(
         config, dtype = AWQConfig(**common), torch.bfloat16
         backend = {"backend": BACKEND.AWQ_TORCH}
     else:
-        named = {name: str(path) for name, path in experts.items()}
-        config, data = EPMQConfig(**common, experts=named, alpha=settings.alpha), rows
+        common["experts"] = {name: str(path) for name, path in experts.items()}
+        own = {"profile": "paper", "alpha": PAPER_ALPHA}
+        config = EPMQConfig(**common, **(own if method == PAPER else {"alpha": settings.alpha}))
+        data = rows
     model = GPTQModel.load(str(merged), config, dtype=dtype, device="cpu")
     # RTN reads no data, and the host refuses to be given some.
     model.quantize(None if method == "RTN" else data, batch_size=settings.batch_size, **backend)

@@ -10,9 +10,10 @@ from .plan import FULL, QUICK, TrainingPlan
 
 RESULT_NAME = "demo_result.json"
 
-# The best of the paper's 0.01, 0.1, 1 and 10 by average loss, on 64 rows per domain that are
-# neither calibrated on nor evaluated (2.086, 2.105, 2.125, 2.127; GPTQ 2.127, the merge 2.126).
-ALPHA = 0.01
+# The row of E-PMQ as it is in the paper, and its alpha: the best of the paper's 0.01, 0.1, 1 and 10
+# by average loss, on 64 rows per domain that are neither calibrated on nor evaluated (2.086, 2.105,
+# 2.125, 2.127; GPTQ 2.127, the merge 2.126).
+PAPER, PAPER_ALPHA = "E-PMQ, the paper's", 0.01
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class DemoOptions:
     Attributes:
         out: folder of the E-PMQ checkpoint; ``demo_result.json`` is written beside it.
         cache: where the trained models are kept; None for the user's cache folder.
-        bits, group_size, alpha: of the quantization; all methods get the same bits and groups.
+        bits, group_size: of the quantization, the same for all methods.
+        alpha: of E-PMQ; None for what its default profile chooses.
         awq: also GPTQModel's AWQ (minutes on a CPU).
         seed: of the models and the data.
         merge_method, merge_parameters: see ``epmq_gptq.merging``.
@@ -36,7 +38,7 @@ class DemoOptions:
     cache: Path | None = None
     bits: int = 4
     group_size: int = 32
-    alpha: float = ALPHA
+    alpha: float | None = None
     awq: bool = False
     seed: int = 0
     merge_method: str = "average"

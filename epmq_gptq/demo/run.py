@@ -24,7 +24,7 @@ from .domains import ANSWER_TOKENS, DOMAINS, PROMPTS
 from .evaluation import Score, score
 from .fresh import generate_elsewhere
 from .hosting import QuantizeSettings, one_thread, quantize, reload, reload_awq
-from .options import RESULT_NAME, DemoOptions, DemoResult
+from .options import PAPER, RESULT_NAME, DemoOptions, DemoResult
 from .rows import Row, domain_rows
 from .table import result_table
 
@@ -79,7 +79,7 @@ class Demo:
             self.evaluation = data["evaluation"]
             merged = self.merge(models, data["calibration"], scratch / "merged")
             self.score_unquantized(models, merged)
-            methods = ["RTN", "GPTQ", *(["AWQ"] if self.options.awq else []), "E-PMQ"]
+            methods = ["RTN", "GPTQ", *(["AWQ"] if self.options.awq else []), PAPER, "E-PMQ"]
             for method in methods:
                 self.quantized(method, merged, models, data["calibration"], scratch)
             with self.stage("fresh process"):
@@ -162,7 +162,7 @@ class Demo:
     def quantized(self, method: str, merged: Path, models: Models, calibration, scratch) -> None:
         options = self.options
         # Only E-PMQ's checkpoint is kept. It replaces an older one when it is complete.
-        saved = scratch / method
+        saved = scratch / method.replace("'", "")
         with self.stage(method):
             quantize(
                 method,

@@ -23,7 +23,9 @@ def test_quick_demo(tmp_path, monkeypatch):
     screen = io.StringIO()
     result = run_demo(options, Console(file=screen, width=120))
     text = screen.getvalue()
-    assert list(result.scores) == ["base", "experts", "merged", "RTN", "GPTQ", "E-PMQ"]
+    assert list(result.scores) == [
+        *("base", "experts", "merged", "RTN", "GPTQ", "E-PMQ, the paper's", "E-PMQ"),
+    ]
     assert all(name in text for name in ("RTN", "GPTQ", "E-PMQ", "sorting"))
     assert "INFO" not in text and "Traceback" not in text
     # Two layers of seven linears, read as packed ones by a process with GPTQModel alone.
