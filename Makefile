@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two OpenMP threads make GPTQ's column loop up to 10x slower on a busy machine.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test lint format test-serving bench bench-quality clean
+.PHONY: help venv demo test lint format test-serving bench bench-quality bench-ablation clean
 
 help:
 	@echo "make demo          train, merge and quantize small experts; print one table"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-serving  serve an E-PMQ checkpoint with real vLLM on the CPU"
 	@echo "make lint          ruff"
 	@echo "make bench         benchmarks against stock GPTQModel"
+	@echo "make bench-ablation which part of E-PMQ pays: suites, mergers, bits, seeds (an hour)"
 	@echo "make bench-quality the quality tables of the three suites (CSV, Markdown, README)"
 
 venv: $(READY)
@@ -48,6 +49,9 @@ bench: venv
 
 bench-quality: venv
 	$(BIN)/python benchmarks/quality.py --refresh README.md $(ARGS)
+
+bench-ablation: venv
+	$(BIN)/python benchmarks/ablation.py --refresh docs/method.md --refresh README.md $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-serving build dist *.egg-info .pytest_cache .ruff_cache

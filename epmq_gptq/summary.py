@@ -18,6 +18,7 @@ MAX_LINES = 40
 
 _TARGETS = {"merged": "kept the merged weight as its target", "rtn": "rounded to nearest"}
 _LEGEND = "excess: eq. 12 above its optimum, rounded; merge excess: the same of the unrounded merge"
+_COLUMNS = ("bits", "target", "alpha", "loss", "excess", "merge excess", "tokens", "seconds")
 _STYLES = {"merged": "yellow", "rtn": "bold red"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -44,6 +45,12 @@ def print_summary(
             ),
             soft_wrap=True,
         )
+    for name, reason in report.left.items():
+        text = f"! expert `{name}` was not run to the end, so its targets are the paper's: {reason}"
+        console.print(Text(text, "yellow"), soft_wrap=True)
+    if report.expert_seconds:
+        own = f"the experts' own passes took {report.expert_seconds:.1f} s"
+        console.print(f"of {report.seconds:.1f} s, {own}", style="dim")
     console.print(expert_table(rows))
 
 
@@ -79,7 +86,7 @@ def _table(first: str) -> Table:
     table.add_column(first, overflow="fold")
     table.add_column("bits", justify="right", no_wrap=True)
     table.add_column("target", no_wrap=True)
-    for name in ("loss", "excess", "merge excess", "tokens", "seconds"):
+    for name in _COLUMNS[2:]:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
@@ -88,13 +95,14 @@ def _add_total(table: Table, report: QuantizationReport) -> None:
     table.add_section()
     cells = _cells(report.modules, "")
     # The rows of the run, not the sum over layers that all saw the same ones.
-    cells[5] = f"{sum(report.tokens.values()):,}"
-    cells[6] = f"{report.seconds:.1f}"
+    cells[_COLUMNS.index("tokens")] = f"{sum(report.tokens.values()):,}"
+    cells[_COLUMNS.index("seconds")] = f"{report.seconds:.1f}"
     table.add_row(f"all {len(report.modules)} (wall time)", *cells, style="bold")
 
 
 def _cells(modules: list[ModuleReport], target: str) -> list[str]:
-    """bits, target, loss (mean), excess, merge excess, tokens (fewest), seconds."""
+    """One cell for each of ``_COLUMNS``; of several modules a range, a mean (loss) or a sum."""
+    alphas = sorted({m.alpha for m in modules if m.alpha is not None})
     bits = sorted({m.bits for m in modules})
     losses = [m.loss for m in modules if m.loss is not None]
     excesses = [m.excess for m in modules if m.excess is not None]
@@ -102,6 +110,7 @@ def _cells(modules: list[ModuleReport], target: str) -> list[str]:
     return [
         "/".join(map(str, bits)),
         target,
+        "–".join(f"{alpha:g}" for alpha in dict.fromkeys(alphas[:1] + alphas[-1:])) or "-",
         _number(sum(losses) / len(losses)) if losses else "-",
         _number(sum(excesses)) if excesses else "-",
         _number(sum(m.merge_excess for m in modules)),

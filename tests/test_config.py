@@ -81,7 +81,7 @@ def test_files_and_unknown_options(tmp_path):
         ({"experts": {"a b": "x"}}, r"`experts`: a name should be letters.*'a b'"),
         ({"experts": {"a": ""}}, r"`experts\['a'\]` should be a folder, a hub id"),
         ({"base": 3}, r"`base` should be a folder or a hub id, got 3"),
-        ({"weighting": "norm"}, r"`weighting` should be one of raw, token, trace, minmax, got 'norm'"),
+        ({"weighting": "norm"}, r"`weighting` should be one of raw, .*, minmax, got 'norm'"),
         ({"expert_weights": {"x": 1}}, r"`expert_weights` names 'x', which is not one of"),
         ({"expert_weights": {"math": 0}}, r"`expert_weights\['math'\]` should be above 0, got 0"),
         ({"expert_weights": {"math": "1"}}, r"should be a number, got '1'"),

@@ -57,16 +57,16 @@ def cells(lines, start):
 def test_a_small_model_shows_every_layer_and_the_totals():
     lines = shown(report(2))
     assert cells(lines, "model.layers.1.mlp.down_proj")[1:] == [
-        "4", "experts", "0.25", "2", "3", "1,500", "0.50",
+        "4", "experts", "1", "0.25", "2", "3", "1,500", "0.50",
     ]  # fmt: skip
-    assert cells(lines, "all 4")[1:] == ["4", "", "0.25", "8", "12", "1,500", "12.5"]
+    assert cells(lines, "all 4")[1:] == ["4", "", "1", "0.25", "8", "12", "1,500", "12.5"]
     assert cells(lines, "math") == ["math", "all", "10", "60", "0", "1,000", "7", "0"]
     assert cells(lines, "code") == ["code", "5", "9", "1,234", "5", "500", "0", "3"]
 
 
 def test_a_large_model_shows_kinds_unless_full():
     lines = shown(report(30))
-    assert cells(lines, "model.layers.*.mlp.down_proj (30)")[4:6] == ["60", "90"]
+    assert cells(lines, "model.layers.*.mlp.down_proj (30)")[5:7] == ["60", "90"]
     assert not any("model.layers.1." in line for line in lines)
     assert any("--full shows every layer" in line for line in lines)
     assert cells(shown(report(30), full=True), "model.layers.29.mlp.down_proj")
@@ -95,7 +95,24 @@ def test_a_module_without_loss_has_no_number():
         modules=[module("lm_head", target="rtn", loss=None, excess=None, reason="x")],
         rows={}, tokens={},
     )  # fmt: skip
-    assert cells(shown(made), "lm_head")[3:5] == ["-", "-"]
+    assert cells(shown(made), "lm_head")[4:6] == ["-", "-"]
+
+
+def test_chosen_alphas_are_a_range_and_a_layer_without_one_has_none():
+    made = report(1)
+    made.modules[0].alpha, made.modules[1].alpha = 0.001, 0.3
+    assert cells(shown(made), "all 2")[3] == "0.001–0.3"
+    made.modules[0].alpha = None
+    assert cells(shown(made), "model.layers.0.self_attn.q_proj")[3] == "-"
+
+
+def test_what_became_of_the_experts_own_passes():
+    made = report(1)
+    made.expert_seconds, made.left = 3.25, {"math": "not finite"}
+    lines = shown(made)
+    assert "of 12.5 s, the experts' own passes took 3.2 s" in lines
+    assert any(line.startswith("! expert `math` was not run") for line in lines)
+    assert not any("own passes" in line for line in shown(report(1)))
 
 
 def test_sizes(tmp_path):
