@@ -16,6 +16,9 @@ from .statistics import Moments
 from .target import add_anchor_, anchor_strength, bias_shift, centred, gain
 
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+# Least λ over tr(H): so H_E has a condition of 1e6 at most, and λ is above the rounding of the sums
+# (also of what is left of them around the mean). fp32 cannot hold the inverse of much worse ones.
+LEAST = 1e-6
 
 
 class Chosen(NamedTuple):
@@ -23,7 +26,7 @@ class Chosen(NamedTuple):
 
     Attributes:
         alpha: the best of the grid, or None where W_m itself is.
-        gains: α → held-out gain over W_m, summed over the layers.
+        gains: α → held-out gain over W_m, summed over the layers; -inf where fp32 cannot solve it.
     """
 
     alpha: float | None
@@ -48,14 +51,15 @@ def choose_alpha(
     """
     refit_bias = list(refit_bias) or [False] * len(fitted)
     gains = dict.fromkeys(grid, 0.0)
+    least = LEAST * float(fitted[0].H.diagonal().sum(dtype=torch.float64))
     for free in dict.fromkeys(refit_bias):
         members = [m for m, one in enumerate(refit_bias) if one == free]
         sums = [centred(fitted[m]) if free else fitted[m] for m in members]
         H = sums[0].H
         for alpha in grid:
-            H_E = add_anchor_(H.clone(), anchor_strength(H, alpha), anchor)
-            L, info = torch.linalg.cholesky_ex(H_E)
-            if int(info):
+            lam = anchor_strength(H, alpha)
+            L, info = torch.linalg.cholesky_ex(add_anchor_(H.clone(), lam, anchor))
+            if lam < least or int(info):
                 gains[alpha] = float("-inf")
                 continue
             for m, moments in zip(members, sums, strict=True):

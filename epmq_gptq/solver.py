@@ -13,7 +13,7 @@ import torch
 from gptqmodel.quantization.gptq import SharedHessianFactorCache
 from gptqmodel.utils.fallback import should_use_fallback
 
-from .choice import choose_alpha, min_max_weights
+from .choice import GRID, choose_alpha, min_max_weights
 from .errors import EPMQNumericalError
 from .experts import Experts, check_finite
 from .statistics import GroupStatistics, Moments, combined, data_free_gram
@@ -234,12 +234,22 @@ class TargetSolver:
         if alpha == 0.0:
             _check_rank(tasks[0], H, group.tokens)
         whole = dict(moments)
-        if tasks[0].refits_bias:
+        # Where the merge is the target, its bias stays as well.
+        if tasks[0].refits_bias and alpha is not None:
             moments = moments | {task: centred(moments[task]) for task in tasks}
             H = moments[tasks[0]].H
-        lam = anchor_strength(H, PLAIN_DAMPING if alpha is None else alpha)
-        L, info = torch.linalg.cholesky_ex(add_anchor_(H, lam, self._anchor))
-        if int(info) != 0:
+        diagonal = H.diagonal().clone()
+        chosen = alpha is not None and tasks[0].alpha == "auto"
+        # Chosen from fewer rows; with all of them a stronger anchor may be needed to solve at all.
+        stronger = [larger for larger in GRID if larger > alpha] if chosen else []
+        for candidate in (alpha, *stronger):
+            alpha = candidate
+            H.diagonal().copy_(diagonal)
+            lam = anchor_strength(H, PLAIN_DAMPING if alpha is None else alpha)
+            L, info = torch.linalg.cholesky_ex(add_anchor_(H, lam, self._anchor))
+            if not int(info):
+                break
+        else:
             for task in tasks:
                 self._on_bad(task, task.not_positive_definite())
             return

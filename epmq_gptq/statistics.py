@@ -133,7 +133,7 @@ def data_free_gram(task_vector: WeightDelta, energy: float) -> torch.Tensor:
 
 
 def combined(parts: Sequence[Moments], weights: Sequence[float], H: torch.Tensor) -> Moments:
-    """The moments of one layer over several sets of rows; those of the first set are used up.
+    """The moments of one layer over several sets of rows; D of the first set is used up.
 
     Args:
         parts: of each set.
@@ -142,21 +142,15 @@ def combined(parts: Sequence[Moments], weights: Sequence[float], H: torch.Tensor
     """
     D = inputs = outputs = None
     for part, weight in zip(parts, weights, strict=True):
-        D = _add_(D, part.D, weight)
-        inputs = _add_(inputs, part.inputs, weight)
-        outputs = _add_(outputs, part.outputs, weight)
+        if part.D is not None:
+            scaled = part.D if weight == 1 else part.D * weight
+            D = scaled if D is None else D.add_(scaled)
+        if part.inputs is not None:
+            # Never in place: layers of one input hold one and the same sum of it.
+            inputs = weight * part.inputs + (0 if inputs is None else inputs)
+            outputs = weight * part.outputs + (0 if outputs is None else outputs)
     count = sum(weight * part.count for part, weight in zip(parts, weights, strict=True))
     return Moments(H, D, inputs, outputs, count)
-
-
-def _add_(
-    total: torch.Tensor | None, part: torch.Tensor | None, weight: float
-) -> torch.Tensor | None:
-    if part is None:
-        return total
-    if total is None:
-        return part if weight == 1 else part * weight
-    return total.add_(part, alpha=weight)
 
 
 class _Sums:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epmq_gptq.choice import GRID, choose_alpha, min_max_weights
+from epmq_gptq.choice import GRID, LEAST, choose_alpha, min_max_weights
 from epmq_gptq.statistics import Moments
 from epmq_gptq.target import add_anchor_, anchor_strength, bias_shift, centred, gain
 
@@ -89,6 +89,18 @@ def test_layers_of_one_input_choose_together():
     ]
     for alpha in GRID:
         assert together.gains[alpha] == pytest.approx(sum(g[alpha] for g in gains), rel=1e-5)
+
+
+def test_an_alpha_that_fp32_cannot_solve_is_not_chosen():
+    """Inputs that are nearly their mean: what is left around it is rounding."""
+    X, T = rows(400, 1)
+    X = 1e-5 * X + 3
+    fitted, held_out = moments(X[:300], T[:300]), moments(X[300:], T[300:])
+    chosen = choose_alpha([fitted], [held_out], refit_bias=[True])
+    least = LEAST * float(fitted.H.trace())
+    allowed = {a for a in GRID if anchor_strength(centred(fitted).H, a) >= least}
+    assert allowed < set(GRID) and chosen.alpha in (None, *allowed)
+    assert all(chosen.gains[a] == float("-inf") for a in set(GRID) - allowed)
 
 
 def test_a_free_bias_takes_what_the_inputs_mean_explains():

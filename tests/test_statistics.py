@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from epmq_gptq.errors import EPMQNumericalError
-from epmq_gptq.statistics import GroupStatistics, WeightDelta
+from epmq_gptq.statistics import GroupStatistics, TargetForm, WeightDelta, combined
 
 WIDTH, OUT = 12, {"q": 8, "k": 4}
 
@@ -125,3 +125,25 @@ def test_a_non_finite_activation_names_expert_module_and_channel(value):
     with pytest.raises(EPMQNumericalError, match=r"expert `e1`.*input of `q`.*first is ") as caught:
         counted.fold()
     assert (caught.value.expert, caught.value.module) == ("e1", "q")
+
+
+def test_combining_parts_leaves_what_layers_of_one_input_share():
+    merged, weights, inputs = data(2)
+    form = TargetForm(biases=True)
+    parts = []
+    for expert in inputs:
+        delta = lambda m, e: WeightDelta(weights[m, e] - merged[m], None)  # noqa: E731
+        part = GroupStatistics(WIDTH, OUT, delta, form=form)
+        part.add(expert, inputs[expert])
+        H = part.gram()
+        parts.append({m: part.take(m, H, merged[m]) for m in OUT})
+    H = 2 * parts[0]["q"].H + 3 * parts[1]["q"].H
+    whole = {m: combined([p[m] for p in parts], [2, 3], H) for m in OUT}
+    first, second = inputs.values()
+    expected = 2 * first.sum(0) + 3 * second.sum(0)
+    for member in OUT:
+        torch.testing.assert_close(whole[member].inputs, expected)
+        assert whole[member].count == 2 * len(first) + 3 * len(second)
+        gaps = [(weights[member, e] - merged[member]) @ X.T for e, X in inputs.items()]
+        torch.testing.assert_close(whole[member].outputs, 2 * gaps[0].sum(1) + 3 * gaps[1].sum(1))
+        torch.testing.assert_close(whole[member].D, 2 * gaps[0] @ first + 3 * gaps[1] @ second)

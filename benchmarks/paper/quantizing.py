@@ -16,8 +16,8 @@ class Quantization:
     """What is asked for.
 
     Attributes:
-        method: "RTN", "GPTQ", "AWQ" or "E-PMQ".
-        alpha: of E-PMQ.
+        method: "RTN", "GPTQ", "AWQ", "E-PMQ" (the paper's) or "E-PMQ-best".
+        alpha: of the paper's E-PMQ.
         dtype: that the model is loaded in.
     """
 
@@ -59,7 +59,9 @@ def quantize(
         options = {"backend": BACKEND.AWQ_TORCH}
     else:
         folders = {task: str(folder) for task, folder in experts.items()}
-        config = EPMQConfig(profile="paper", **common, experts=folders, alpha=wanted.alpha)
+        best = wanted.method == "E-PMQ-best"
+        own = {"profile": "best"} if best else {"profile": "paper", "alpha": wanted.alpha}
+        config = EPMQConfig(**common, experts=folders, **own)
         data = {task: list(rows[task]) for task in experts}
     model = GPTQModel.load(str(merged), config, dtype=dtype, device=wanted.device)
     start = time.perf_counter()

@@ -190,7 +190,8 @@ MERGERS: dict[str, dict[str, object]] = {
 REGMEAN_RATIO = {"images": 0.95, "pairs": 0.1, "text": 0.1}
 CALIBRATED = ("regmean", "regmean_plusplus")
 
-METHODS = ("FP", "RTN", "GPTQ", "AWQ", "E-PMQ")
+# "E-PMQ" is the paper's, the last one the package's default.
+METHODS = ("FP", "RTN", "GPTQ", "AWQ", "E-PMQ", "E-PMQ-best")
 
 TITLES = {
     "base": "Pre-trained",

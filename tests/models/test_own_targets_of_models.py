@@ -24,7 +24,7 @@ def clip(folder):
 
 
 class Clip:
-    def __init__(self, folder):
+    def __init__(self, folder, alpha):
         self.merged, self.experts = clip_models.family(folder, 3, tokenizer=False)
         self.rows = {
             name: images(6 + 2 * index, seed=index) for index, name in enumerate(self.experts)
@@ -33,7 +33,7 @@ class Clip:
             bits=BITS,
             group_size=GROUP,
             experts=self.experts,
-            alpha=ALPHA,
+            alpha=alpha,
             act_group_aware=False,
             bias_refit=True,
         )
@@ -56,9 +56,9 @@ class Clip:
         )
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    return Clip(tmp_path_factory.mktemp("clip"))
+@pytest.fixture(scope="module", params=[ALPHA, "auto"])
+def case(tmp_path_factory, request):
+    return Clip(tmp_path_factory.mktemp("clip"), request.param)
 
 
 def test_weights_and_biases_of_clip_reach_the_float64_optimum(case):
@@ -67,7 +67,8 @@ def test_weights_and_biases_of_clip_reach_the_float64_optimum(case):
         name = module.module
         X, gap, W_m = case.judge.moments(name)
         Xc, gap_c = X - X.mean(0), gap - gap.mean(0)
-        H_E = anchored(Xc.T @ Xc, ALPHA)
+        assert module.target == "experts"
+        H_E = anchored(Xc.T @ Xc, module.alpha)
         best = W_m + gap_c.T @ Xc @ torch.linalg.inv(H_E)
         reference = gptq64(best, H_E, bits=BITS, group_size=GROUP)
         Q = case.weights[name]
