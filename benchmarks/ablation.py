@@ -116,9 +116,10 @@ def write(plan: AblationPlan, record: dict, given: argparse.Namespace) -> None:
         "recovery = (score − merged) / (experts − merged) of average accuracy: 0 is the merge in "
         "full precision, 100 every expert on its own task. Mean ± standard deviation over seeds "
         f"{', '.join(map(str, options.seeds))} (data, models and rows); {options.samples} "
-        f'calibration rows per task, groups of {options.group_size}. Each line from "α by '
-        'held-out rows" to "+ bias refit" has one thing more than the line before; the three '
-        'after it change one thing of "+ bias refit".\n\n'
+        f"calibration rows per task, groups of {options.group_size}. Of the lines from "
+        '"α by held-out rows" to "+ residual correction" each has one thing more than the line '
+        "before; the four after them change one thing of the last. The models of text4 and "
+        "seq2seq4 have no biases.\n\n"
     )
     (given.out / "ablation.md").write_text(head + tables.markdown(), encoding="utf-8")
     (given.out / "ablation.csv").write_text(csv_of(plan, results), encoding="utf-8")

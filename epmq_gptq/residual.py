@@ -39,6 +39,9 @@ def residual_taps(
         layer: the layer; names are relative to it, ``""`` being the layer itself.
         linears: names of its linear layers.
         run: runs a batch through the layer and returns its output.
+
+    Returns:
+        The layers that are known to write; none where the output is not finite.
     """
     seen = _Seen()
     hooks = []
@@ -54,6 +57,8 @@ def residual_taps(
         for hook in hooks:
             hook.remove()
     states = (output[0] if isinstance(output, tuple) else output)[:1]
+    if not bool(torch.isfinite(states).all()):
+        return {}
     streams = {name: x for name, x in seen.given.items() if x.shape == states.shape}
     after = [*streams.values(), states]
     taps = {}

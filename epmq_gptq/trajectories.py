@@ -75,6 +75,7 @@ class ExpertTrajectories:
         self._inputs: list[dict[str, Tensor]] = []  # batch → linear layer → z: (B, S, d)
         self._streams: list[dict[str, Tensor]] = []  # batch → tap → r_i: (B, S, d)
         self.taps: dict[str, str] = {}
+        self._taps_of: str | None = None
         self.seconds = 0.0
 
     # ---- what the merge asks for ---------------------------------------------------------------
@@ -183,9 +184,10 @@ class ExpertTrajectories:
         linears = {
             name: module for name, module in stack.linears(index).items() if name in self._parts
         }
-        if not self.taps and not any(self._inputs):  # the first batch of this layer
+        if self._taps_of != stack.name(index):  # the first batch of this layer
             relative = {name.removeprefix(f"{stack.name(index)}."): name for name in linears}
             taps = residual_taps(layer, list(relative), lambda: run(batch))
+            self._taps_of = stack.name(index)
             self.taps = {
                 part: tap for name, tap in taps.items() for part in self._parts[relative[name]]
             }
@@ -230,6 +232,7 @@ class ExpertTrajectories:
             if not self._keep_going:
                 raise
             self.left[expert] = error
+        self._taps_of = None  # may have been looked for in these batches: the next expert's serve
         for batch in batches if self._inputs else ():
             self._inputs[batch], self._streams[batch] = {}, {}
 

@@ -183,6 +183,24 @@ def test_an_expert_without_an_embedding_is_named(tmp_path):
         quantize(merged, experts, rows, eta=1.0)
 
 
+@pytest.mark.parametrize("broken", ["expert0", "expert1"])
+def test_the_others_go_on_with_their_streams(tmp_path, broken):
+    merged, experts = tiny.family(tmp_path, experts=2)
+    file = experts[broken] / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"][2, 3] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    rows = {name: tiny.rows(4, 40, seed=i) for i, name in enumerate(experts)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = quantize(merged, experts, rows, on_bad_module="rtn")
+    assert set(report.left) == {broken}
+    found = {m.module.partition("layers.")[2]: (m.target, m.eta, m.rho) for m in report.modules}
+    assert found["0.mlp.down_proj"][0] == "rtn"
+    assert found["0.self_attn.o_proj"] == ("experts", 1, 1)
+    assert found["1.mlp.down_proj"] == ("experts", 1, 1)
+
+
 def test_a_broken_layer_of_an_expert_ends_its_pass_where_the_run_may_go_on(tmp_path):
     merged, experts = tiny.family(tmp_path, experts=2)
     file = experts["expert1"] / "model.safetensors"

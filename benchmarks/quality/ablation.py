@@ -20,7 +20,7 @@ BITS, LOW, HIGH = 4, 3, 8
 REGMEAN = "RegMean++ → GPTQ"
 GPTQ, PAPER_ROW = "GPTQ", "E-PMQ, the paper's"
 # Those that may become the default are looked at with few bits, too.
-CANDIDATES = ("+ bias refit", "+ channel anchor")
+CANDIDATES = ("+ residual correction", "with bias refit", "with channel anchor")
 
 # (label, bits) → what a row of the tables is, given a merge.
 Row = tuple[str, int]

@@ -49,15 +49,15 @@ ABLATED = ("task_arithmetic", "ties")
 PAPER: dict[str, Any] = {"profile": "paper"}
 _OWN: dict[str, Any] = {
     "profile": "best", "alpha": "auto", "eta": 1.0, "rho": 1.0, "anchor": "identity",
-    "bias_refit": True,
+    "bias_refit": False,
 }  # fmt: skip
-# Options of E-PMQ, each line with one thing more than the line before, and what else was tried.
+# Options of E-PMQ: three lines with one thing more than the line before, then what else was tried.
 VARIANTS: dict[str, dict[str, Any]] = {
     "α by held-out rows": PAPER | {"alpha": "auto"},
-    "+ expert trajectory": _OWN | {"rho": 0.0, "bias_refit": False},
-    "+ residual correction": _OWN | {"bias_refit": False},
-    "+ bias refit": _OWN,
-    "+ channel anchor": _OWN | {"anchor": "channel"},
+    "+ expert trajectory": _OWN | {"rho": 0.0},
+    "+ residual correction": _OWN,
+    "with bias refit": _OWN | {"bias_refit": True},
+    "with channel anchor": _OWN | {"anchor": "channel"},
     "half of both corrections": _OWN | {"eta": 0.5, "rho": 0.5},
     "every expert weighs the same": _OWN | {"weighting": "trace"},
 }

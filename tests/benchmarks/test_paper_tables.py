@@ -26,6 +26,7 @@ ROWS = [
     ("task_arithmetic", "GPTQ"),
     ("task_arithmetic", "AWQ"),
     ("task_arithmetic", "E-PMQ"),
+    ("task_arithmetic", "E-PMQ-best"),
     ("regmean_plusplus", "FP"),
     ("regmean_plusplus", "GPTQ"),
 ]
@@ -54,7 +55,8 @@ class Run:
 
     def checkpoint(self, family: str, method: str) -> Path:
         """The kept checkpoint of a quantized merge by task arithmetic."""
-        pattern = f"{family}-*-task_arithmetic-{method}-*"
+        digest = "[0-9a-f]" * 16
+        pattern = f"{family}-*-task_arithmetic-{method}-{digest}"
         (found,) = (self.folder / "cache" / "quantized").glob(pattern)
         return found
 
@@ -181,6 +183,7 @@ def test_a_table_has_all_rows_and_columns(run, table, columns):
         "| Task Arithmetic → GPTQ",
         "| Task Arithmetic → AWQ",
         "| Task Arithmetic → E-PMQ",
+        "| Task Arithmetic → E-PMQ-best",
         "| RegMean++",
         "| RegMean++ → GPTQ",
     ]
@@ -200,7 +203,7 @@ def test_clip_full_precision_rows_equal_a_computation_from_scratch(run):
     assert_equal(run.scores(1, "experts", "FP"), {"mnist": 100.0, "svhn": 100.0})
 
 
-@pytest.mark.parametrize("method", ["RTN", "GPTQ", "E-PMQ"])
+@pytest.mark.parametrize("method", ["RTN", "GPTQ", "E-PMQ", "E-PMQ-best"])
 def test_clip_quantized_rows_are_those_of_the_saved_checkpoints(run, method):
     state = dequantized_state(run.checkpoint("clip-b32", method))
     assert_equal(run.scores(1, "task_arithmetic", method), vision_scores(run, state))
@@ -219,7 +222,7 @@ def test_glue_full_precision_rows_equal_a_computation_from_scratch(run):
     assert_equal(run.scores(3, "experts", "FP"), {"cola": 100.0, "stsb": 100.0})
 
 
-@pytest.mark.parametrize("method", ["RTN", "GPTQ", "E-PMQ"])
+@pytest.mark.parametrize("method", ["RTN", "GPTQ", "E-PMQ", "E-PMQ-best"])
 def test_glue_quantized_rows_are_those_of_the_saved_checkpoints(run, method):
     state = dequantized_state(run.checkpoint("flan-t5-base", method))
     assert_equal(run.scores(3, "task_arithmetic", method), text_scores(run, state))
