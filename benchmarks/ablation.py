@@ -124,7 +124,10 @@ def write(plan: AblationPlan, record: dict, given: argparse.Namespace) -> None:
     (given.out / "ablation.md").write_text(head + tables.markdown(), encoding="utf-8")
     (given.out / "ablation.csv").write_text(csv_of(plan, results), encoding="utf-8")
     for file in given.refresh:
-        sections = {"ablation": f"{tables.summary()}\n\n{tables.goals()}\n"}
+        sections = {
+            "ablation": f"{tables.summary()}\n\n{tables.goals()}\n",
+            "recovery": f"{tables.summary()}\n",
+        }
         text = refreshed(file.read_text(encoding="utf-8"), sections)
         file.write_text(text, encoding="utf-8")
 
