@@ -54,7 +54,8 @@ def choose_alpha(
     least = LEAST * float(fitted[0].H.diagonal().sum(dtype=torch.float64))
     for free in dict.fromkeys(refit_bias):
         members = [m for m, one in enumerate(refit_bias) if one == free]
-        sums = [centred(fitted[m]) if free else fitted[m] for m in members]
+        sums = [fitted[m] for m in members]
+        sums = centred(sums) if free else sums
         H = sums[0].H
         for alpha in grid:
             lam = anchor_strength(H, alpha)

@@ -233,11 +233,11 @@ class TargetSolver:
         H = moments[tasks[0]].H
         if alpha == 0.0:
             _check_rank(tasks[0], H, group.tokens)
-        whole = dict(moments)
+        whole = moments
         # Where the merge is the target, its bias stays as well.
         if tasks[0].refits_bias and alpha is not None:
-            moments = moments | {task: centred(moments[task]) for task in tasks}
-            H = moments[tasks[0]].H
+            around = centred([moments[task] for task in tasks])
+            moments, H = dict(zip(tasks, around, strict=True)), around[0].H
         diagonal = H.diagonal().clone()
         chosen = alpha is not None and tasks[0].alpha == "auto"
         # Chosen from fewer rows; with all of them a stronger anchor may be needed to solve at all.
@@ -332,7 +332,8 @@ def _summed(
     """The moments of all experts together; those of the parts are used up."""
     if len(parts) == 1:
         return next(iter(parts.values()))
-    factors = [weights[name] for name in parts]
+    # A routed module may be reached by an expert's held-out rows alone.
+    factors = [weights.get(name, 1.0) for name in parts]
     first = next(iter(parts.values()))
     H = sum(
         factor * next(iter(part.values())).H

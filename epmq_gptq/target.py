@@ -11,6 +11,7 @@ what is added to the diagonal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,16 +44,21 @@ def add_anchor_(H: torch.Tensor, lam: float, kind: str = "identity") -> torch.Te
     return H
 
 
-def centred(moments: Moments) -> Moments:
-    """The moments around the mean input, for a layer whose bias is fitted as well.
+def centred(layers: Sequence[Moments]) -> list[Moments]:
+    """The moments around the mean input, of layers of one input whose biases are fitted as well.
 
     With b free, Σ ‖Q x + b − T‖² is least at b = mean(T − Q x), and what is left of it as a
     function of Q has ``H − s sᵀ/n`` and ``D − d sᵀ/n`` for H and D, s and d being the sums of x and
     of T − b_m − W_m x.
     """
-    H, D, s, d, n = moments
-    D = torch.zeros(d.shape[0], H.shape[0], device=H.device) if D is None else D
-    return Moments(torch.addr(H, s, s, alpha=-1 / n), torch.addr(D, d, s, alpha=-1 / n), s, d, n)
+    H, _, s, _, n = layers[0]
+    around = torch.addr(H, s, s, alpha=-1 / n)  # one for all of them
+    found = []
+    for one in layers:
+        d, D = one.outputs, one.D
+        D = torch.zeros(d.shape[0], H.shape[0], device=H.device) if D is None else D
+        found.append(one._replace(H=around, D=torch.addr(D, d, s, alpha=-1 / n)))
+    return found
 
 
 def bias_shift(change: torch.Tensor, moments: Moments) -> torch.Tensor:

@@ -41,7 +41,7 @@ def error(change, shift, X, T):
 def test_the_gain_is_what_the_error_falls_by(anchor, free):
     X, T = rows(40, 1, noise=0.5, mean=0.3)
     known = moments(X, T)
-    change = solved(centred(known) if free else known, 0.1, anchor)
+    change = solved(centred([known])[0] if free else known, 0.1, anchor)
     shift = bias_shift(change, known) if free else torch.zeros(OUT)
     other = rows(30, 2, noise=0.5, mean=0.3)
     before = error(torch.zeros_like(change), torch.zeros(OUT), *other)
@@ -98,7 +98,7 @@ def test_an_alpha_that_fp32_cannot_solve_is_not_chosen():
     fitted, held_out = moments(X[:300], T[:300]), moments(X[300:], T[300:])
     chosen = choose_alpha([fitted], [held_out], refit_bias=[True])
     least = LEAST * float(fitted.H.trace())
-    allowed = {a for a in GRID if anchor_strength(centred(fitted).H, a) >= least}
+    allowed = {a for a in GRID if anchor_strength(centred([fitted])[0].H, a) >= least}
     assert allowed < set(GRID) and chosen.alpha in (None, *allowed)
     assert all(chosen.gains[a] == float("-inf") for a in set(GRID) - allowed)
 
@@ -106,7 +106,7 @@ def test_an_alpha_that_fp32_cannot_solve_is_not_chosen():
 def test_a_free_bias_takes_what_the_inputs_mean_explains():
     X, T = rows(40, 1, noise=0.1, mean=0.3)
     known = moments(X, T)
-    change = solved(centred(known), 0.01)
+    change = solved(centred([known])[0], 0.01)
     shift = bias_shift(change, known)
     left = T - X @ change.T - shift
     assert left.mean(0).abs().max() < 1e-4
