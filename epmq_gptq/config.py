@@ -89,7 +89,7 @@ class EPMQConfig(GPTQConfig):
             :class:`~epmq_gptq.weighting.Weighting`.
         expert_weights: a factor on top, for some experts (default 1; 1e-6 to 1e6).
         data_free: experts that have no calibration rows: in place of their Gram goes that of their
-            task vector, see :func:`~epmq_gptq.statistics.data_free_gram`. Not part of the paper.
+            task vector, see :func:`~epmq_gptq.deltas.data_free_gram`. Not part of the paper.
         allow_duplicates: accept experts that are the same model under two names; each counts.
         require_pinned: refuse a hub id without a 40-digit commit as its revision.
         on_bad_module: what happens where numbers cannot be trusted (non-finite activations, expert

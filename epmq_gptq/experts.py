@@ -16,11 +16,11 @@ import torch
 
 from .adapters import Adapter, Update, is_adapter
 from .checkpoints import Checkpoint, Source, resolve_source
+from .deltas import WeightDelta
 from .errors import EPMQInputError
 from .folders import ADAPTER_CONFIG
 from .linears import Linear, StoredWeight
 from .memory import InMemoryExpert
-from .statistics import WeightDelta
 from .weights import (
     QUANTIZED_SUFFIXES,
     check_finite,

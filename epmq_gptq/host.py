@@ -10,12 +10,10 @@ import functools
 import inspect
 import os
 import time
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from gptqmodel import GPTQModel
 from gptqmodel.looper.gptq_processor import GPTQProcessor
 from gptqmodel.looper.module_looper import ModuleLooper
@@ -24,27 +22,22 @@ from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
 from gptqmodel.utils.structure import LazyTurtle
 
-from .calibration import CalibrationPlan, plan_inputs
 from .checkpoints import Checkpoint, check_folder, resolve_source
 from .config import EPMQConfig
-from .errors import EPMQHostError, EPMQInputError, EPMQWarning
+from .errors import EPMQHostError, EPMQInputError
 from .experts import Experts
 from .hub import parse_hub_id
-from .inputs import input_rules
 from .linears import Linear
 from .model_linears import check_architecture, check_head, quantizable_linears
 from .models import register
 from .options import exists
 from .preflight import Preflight
 from .preflight.runs import run_preflight
+from .preparing import planned, settle_alpha, trajectories_of
 from .processor import EPMQProcessor
-from .profiles import paper_alpha
-from .provenance import merge_record, provenance
+from .provenance import provenance
 from .report import QuantizationReport
-from .row_sets import read_calibration
 from .saving import save_whole
-from .tokens import EncodedCalibration
-from .trajectories import ExpertTrajectories
 from .weighting import Weighting
 
 TESTED = ((7, 6), (7, 7))  # first and last minor version of GPTQModel
@@ -266,7 +259,9 @@ def quantize_with_experts(
     model.epmq_sources = {"merged model": merged.path} | experts.folders
     linears = list(quantizable_linears(model))
     settle_alpha(config, merged)
-    plan = _plan(model, experts, calibration, calibration_sort, batch_size, calibration_concat_size)
+    plan = planned(
+        model, experts, calibration, calibration_sort, batch_size, calibration_concat_size
+    )
     checked = run_preflight(
         config,
         merged,
@@ -276,7 +271,7 @@ def quantize_with_experts(
         device=getattr(config.device, "value", None) or str(config.device or "cpu"),
         dtype_bytes=next(model.model.parameters()).dtype.itemsize,
     )
-    trajectories = _trajectories(model, merged, experts, plan, linears)
+    trajectories = trajectories_of(model, merged, experts, plan, linears)
     processor = EPMQProcessor(
         plan=plan,
         experts=experts,
@@ -318,106 +313,6 @@ def _report(
         expert_seconds=0.0 if trajectories is None else trajectories.seconds,
         left={} if trajectories is None else {n: str(e) for n, e in trajectories.left.items()},
     )
-
-
-def _plan(
-    model: BaseQModel,
-    experts: Experts,
-    calibration,
-    sort: str | None,
-    batch_size: int,
-    concat_size: int | None = None,
-) -> CalibrationPlan:
-    config = model.quantize_config
-    data_free = config.data_free
-    rules = input_rules(model)
-    if not isinstance(calibration, EncodedCalibration):
-        sets = read_calibration(
-            calibration,
-            experts.names,
-            data_free=data_free,
-            concat_size=concat_size,
-            form=rules.form,
-        )
-        calibration = rules.encode(sets)
-    elif concat_size is not None:
-        raise EPMQInputError(
-            "`calibration_concat_size` came with rows that are tokens and blocks already.",
-            code="EPMQ-O03",
-            subject="`calibration_concat_size`",
-            remedy="Leave it out, or set `concat` and `seqlen` of the sources.",
-        )
-    calibration.check_experts(experts.names, data_free)
-    if config.chooses_alpha:
-        _check_held_out(calibration)
-    return plan_inputs(
-        calibration,
-        rules,
-        batch_size=batch_size,
-        sort=sort,
-        pad=model.dynamic_expert_index is None,
-        masked=model.support_batch_quantize,
-        held_out=config.held_out if config.chooses_alpha else 0.0,
-    )
-
-
-def _check_held_out(calibration: EncodedCalibration) -> None:
-    for name, rows in calibration.rows.items():
-        if len(rows) < 2:
-            raise EPMQInputError(
-                f'`alpha="auto"` holds out some of each expert\'s rows, expert `{name}` has '
-                f"{len(rows)}.",
-                code="EPMQ-F22",
-                subject=f"expert `{name}`",
-                remedy="Give it at least two rows, or set `alpha` (the paper: 0.01 for CLIP and "
-                "T5, 1 for language models).",
-            )
-
-
-def settle_alpha(config: EPMQConfig, merged: Checkpoint) -> None:
-    """Put the paper's constant of the model's family where ``profile="paper"`` left it open."""
-    if config.alpha is None:
-        merge = merge_record(merged.path).get("method")
-        config.alpha = paper_alpha(str(merged.config().get("model_type")), merge)
-
-
-def _trajectories(
-    model: BaseQModel,
-    merged: Checkpoint,
-    experts: Experts,
-    plan: CalibrationPlan,
-    linears: list[Linear],
-) -> ExpertTrajectories | None:
-    """The experts' own passes, if a target needs them.
-
-    Where the user left ``eta`` and ``rho`` open and the experts cannot be run, the paper's targets
-    take their place, with a warning.
-    """
-    config = model.quantize_config
-    if not config.runs_experts:
-        return None
-    try:
-        return ExpertTrajectories(
-            merged,
-            experts,
-            plan,
-            linears,
-            device=torch.device(getattr(config.device, "value", None) or config.device or "cpu"),
-            dtype=next(model.model.parameters()).dtype,
-            keep_going=config.on_bad_module == "rtn",
-        )
-    except EPMQInputError as error:
-        if config.targets_asked_for:
-            raise
-        warnings.warn(
-            EPMQWarning(
-                f"experts cannot be run, so targets are the paper's (eta = rho = 0): {error.cause}",
-                code=error.code,
-            ),
-            stacklevel=2,
-        )
-        config.eta = config.rho = 0.0
-        return None
 
 
 # Options of the host's quantize() that cannot go with experts, and what to do instead.

@@ -25,12 +25,13 @@ from gptqmodel.models.base import BaseQModel
 
 from .calibration import CalibrationPlan
 from .config import EPMQConfig
+from .deltas import WeightDelta
 from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
 from .experts import Experts
 from .report import ModuleReport
 from .residual import first_states
 from .solver import TargetSolver, check_merged
-from .statistics import GroupStatistics, TargetForm, WeightDelta
+from .statistics import GroupStatistics, TargetForm
 from .task import EPMQ
 from .trajectories import ExpertTrajectories
 from .weighting import Weighting

@@ -14,9 +14,10 @@ from gptqmodel.quantization.gptq import SharedHessianFactorCache
 from gptqmodel.utils.fallback import should_use_fallback
 
 from .choice import GRID, choose_alpha, min_max_weights
+from .deltas import data_free_gram
 from .errors import EPMQNumericalError
 from .experts import Experts, check_finite
-from .statistics import GroupStatistics, Moments, combined, data_free_gram
+from .statistics import GroupStatistics, Moments, combined
 from .target import add_anchor_, anchor_strength, centred, expert_target, numerical_rank
 from .task import EPMQ
 from .weighting import Weighting

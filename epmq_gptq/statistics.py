@@ -25,41 +25,9 @@ from typing import NamedTuple
 
 import torch
 
+from .deltas import WeightDelta
 from .errors import EPMQInputError, EPMQNumericalError
 from .kernels.gram import torch_cross_update, torch_gram_update
-
-# Rows of a low-rank difference that are built at once.
-_ROWS = 1024
-
-
-class WeightDelta(NamedTuple):
-    """A difference of two weights, ``dense + B A``; all fp32.
-
-    Attributes:
-        dense: ``(out, d)``, or None where that part is zero.
-        low_rank: ``(B: (out, r), A: (r, d))``, or None. Never multiplied out.
-    """
-
-    dense: torch.Tensor | None
-    low_rank: tuple[torch.Tensor, torch.Tensor] | None
-
-    def size(self) -> float:
-        """Σ|dense| + Σ|B| Σ|A|: zero where nothing differs, not finite where something is not."""
-        # The norm, for `abs()` would be one more matrix of this size.
-        total = 0.0 if self.dense is None else float(torch.linalg.vector_norm(self.dense, 1))
-        if self.low_rank is not None:
-            B, A = self.low_rank
-            total += float(B.abs().sum() * A.abs().sum())
-        return total
-
-    def add_product_(self, D: torch.Tensor, H: torch.Tensor) -> None:
-        """``D += (dense + B A) H`` with ``D: (out, d)``, ``H: (d, d)``, as ``B (A H)``."""
-        if self.dense is not None:
-            D.addmm_(self.dense, H)
-        if self.low_rank is not None:
-            B, A = self.low_rank
-            D.addmm_(B, A @ H)
-
 
 # (member, expert) -> W_expert − W_m of that member, or None where it is exactly zero.
 ReadDelta = Callable[[str, str], WeightDelta | None]
@@ -102,34 +70,6 @@ class Moments(NamedTuple):
     inputs: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
     count: float = 0.0
-
-
-def data_free_gram(task_vector: WeightDelta, energy: float) -> torch.Tensor:
-    """A stand-in for ``H_i`` where there is no calibration: τᵀτ, scaled to a trace.
-
-    What fine-tuning changed most is what its inputs excited most: a gradient step adds multiples of
-    the inputs to the rows of τ = W_i − W_0. WUDI (arXiv 2503.08099) merges with the same proxy.
-
-    Args:
-        task_vector: τ, ``(out, d)``; at least one of its parts.
-        energy: tr(H_i) that it shall have.
-
-    Returns:
-        ``(d, d)`` fp32; zero where τ is zero.
-    """
-    dense, low_rank = task_vector
-    if dense is None:
-        B, A = low_rank
-        C = A.mT @ ((B.mT @ B) @ A)
-    else:
-        C = torch.zeros(dense.shape[1], dense.shape[1], device=dense.device)
-        for start in range(0, dense.shape[0], _ROWS):
-            rows = dense[start : start + _ROWS]
-            if low_rank is not None:
-                rows = rows + low_rank[0][start : start + _ROWS] @ low_rank[1]
-            torch_gram_update(C, rows)
-    trace = float(C.diagonal().sum(dtype=torch.float64))
-    return C.mul_(energy / trace) if trace > 0 else C.zero_()
 
 
 def combined(parts: Sequence[Moments], weights: Sequence[float], H: torch.Tensor) -> Moments:

@@ -29,7 +29,7 @@ class Weighting:
         tokens: expert → calibration tokens n_i, of the experts that have rows.
         given: expert → w_i.
         data_free: experts without rows. Their stand-in Gram (see
-            :func:`~epmq_gptq.statistics.data_free_gram`) gets w_i times the mean trace of the
+            :func:`~epmq_gptq.deltas.data_free_gram`) gets w_i times the mean trace of the
             others' Grams.
     """
 

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
+from epmq_gptq.deltas import WeightDelta
 from epmq_gptq.errors import EPMQNumericalError
-from epmq_gptq.statistics import GroupStatistics, TargetForm, WeightDelta, combined
+from epmq_gptq.statistics import GroupStatistics, TargetForm, combined
 
 WIDTH, OUT = 12, {"q": 8, "k": 4}
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from epmq_gptq.deltas import WeightDelta, data_free_gram
 from epmq_gptq.errors import EPMQInputError
-from epmq_gptq.statistics import GroupStatistics, WeightDelta, data_free_gram
+from epmq_gptq.statistics import GroupStatistics
 from epmq_gptq.weighting import Weighting
 
 TOKENS = {"long": 300, "short": 20}
