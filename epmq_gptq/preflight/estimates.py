@@ -133,8 +133,9 @@ def _of_expert_passes(numel: int, linears: list[Linear], tokens: int, hidden: in
     for members in layers.values():
         inputs = {(li.name.rpartition(".")[0], li.inputs) for li in members if not _routed(li)}
         weights = sum(li.inputs * li.outputs for li in members if not _routed(li))
-        # Beside the inputs: two streams, and what the layer before returned.
-        widest = max(widest, tokens * (sum(d for _, d in inputs) + 3 * hidden) + weights)
+        # Beside them: the input of the attention's output (of the width of q's and with the same
+        # parent), two streams, and what the layer before returned.
+        widest = max(widest, tokens * (sum(d for _, d in inputs) + 4 * hidden) + weights)
     return widest + numel - sum(li.inputs * li.outputs for li in linears)
 
 
