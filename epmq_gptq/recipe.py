@@ -85,7 +85,7 @@ class Recipe:
     merge: MergeStep | None = option(None, doc="instead of `merged`: merge the experts first")
     quantize: dict[str, Any] = option(
         factory=dict,
-        doc="any option of EPMQConfig: bits, group_size, alpha, alpha_pattern, sym, desc_act, "
+        doc="any option of EPMQConfig: bits, group_size, profile, alpha, eta, rho, sym, desc_act, "
         "dynamic, lm_head, on_bad_module, ...",
     )
     seed: int = option(0, doc="of the drawing of calibration rows (default 0)")
