@@ -93,12 +93,14 @@ def write(plan: plans.Plan, record: dict[str, Any], given: argparse.Namespace) -
 
 def heading(options: plans.Options, record: dict[str, Any]) -> str:
     """What the tables are, in which run, on which machine."""
+    spent = sum(result.get("total_seconds", 0) for result in record["cells"].values())
     tiny = (
         " **Tiny models: these figures only show that everything runs.**" if options.quick else ""
     )
     return (
         "# Quality on the suites\n\n"
-        f"`{record['command']}`: {record['seconds'] / 60:.1f} minutes, "
+        f"`{record['command']}`: {record['seconds'] / 60:.1f} minutes ({spent / 60:.0f} of all "
+        "workers together, earlier runs included), "
         f"{command.machine(record)}.{tiny}\n\n"
         f"Groups of {options.group_size}, {options.samples} calibration rows per task, the same "
         "for every method that takes any; seeds "

@@ -15,8 +15,7 @@ import torch
 from gptqmodel.utils.calibration import prepare_calibration_dataset
 from judge import stored
 
-from epmq_gptq import EPMQConfig, EPMQInputError
-from epmq_gptq.preparing import planned
+from epmq_gptq import EPMQConfig, EPMQInputError, preparing
 from epmq_gptq.row_sets import read_calibration
 from epmq_gptq.rows import RowSource
 from epmq_gptq.tokens import TokenRules, encode_calibration
@@ -62,7 +61,9 @@ def ids(model):
 
 def planned(model, calibration, batch_size=2, **options):
     experts = SimpleNamespace(names=list(TEXTS))
-    return planned(model, experts, calibration, options.pop("sort", None), batch_size, **options)
+    return preparing.planned(
+        model, experts, calibration, options.pop("sort", None), batch_size, **options
+    )
 
 
 def assert_same(plan, other):
