@@ -27,7 +27,8 @@ class ModuleReport:
         eta, rho: the shares of the expert's own inputs and of the gap between the residual
             streams in the target; 0 where the layer has none.
         held_out: of ``alpha="auto"``: alpha → by how much the error on the held-out rows falls
-            below that of the merged weight, over the layers of this input.
+            below that of the merged weight, over the layers of this input; without those that fp32
+            cannot solve.
         weights: of ``weighting="minmax"``: what each expert counts in this layer.
         held_out_gain: by how much that error falls with the rounded weight; below 0 it rises.
         bias_shift: norm of what was added to the bias, None where it stays.

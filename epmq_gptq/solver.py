@@ -169,7 +169,9 @@ class TargetSolver:
             refit_bias=[task.refits_bias for task in auto],
         )
         for task in auto:
-            task.report.held_out = {f"{value:g}": gain for value, gain in gains.items()}
+            # Those that cannot be solved have none, and JSON no word for it.
+            known = {value: gain for value, gain in gains.items() if math.isfinite(gain)}
+            task.report.held_out = {f"{value:g}": gain for value, gain in known.items()}
         return alphas | dict.fromkeys(auto, alpha)
 
     # ---- targets -------------------------------------------------------------------------------

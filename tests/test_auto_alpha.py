@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -60,6 +62,16 @@ def test_layers_of_one_input_share_a_choice_that_is_best_on_held_out_rows(case, 
     for members in by_input.values():
         assert len({m.alpha for m in members}) == 1
     assert report.provenance["alpha"] == "auto"
+
+
+def test_a_report_with_an_alpha_that_cannot_be_solved_is_json(case, tmp_path, monkeypatch):
+    def with_one(fitted, held_out, **options):
+        return Chosen(0.1, {0.001: float("-inf"), 0.1: 1.0})
+
+    monkeypatch.setattr(solver, "choose_alpha", with_one)
+    _, report = case.quantize(tmp_path / "out")
+    assert {tuple(m.held_out) for m in report.modules} == {("0.1",)}
+    json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_a_pattern_may_leave_some_layers_a_number(case, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_adapters import peft_model
 from test_architectures import FAMILIES
+from test_faults import poison
 from test_moe import mixtral
 from transformers import AutoModelForCausalLM
 
@@ -186,10 +187,7 @@ def test_an_expert_without_an_embedding_is_named(tmp_path):
 @pytest.mark.parametrize("broken", ["expert0", "expert1"])
 def test_the_others_go_on_with_their_streams(tmp_path, broken):
     merged, experts = tiny.family(tmp_path, experts=2)
-    file = experts[broken] / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.0.mlp.down_proj.weight"][2, 3] = float("nan")
-    save_file(tensors, file, {"format": "pt"})
+    poison(experts[broken], "model.layers.0.mlp.down_proj.weight", (2, 3))
     rows = {name: tiny.rows(4, 40, seed=i) for i, name in enumerate(experts)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -203,10 +201,7 @@ def test_the_others_go_on_with_their_streams(tmp_path, broken):
 
 def test_a_broken_layer_of_an_expert_ends_its_pass_where_the_run_may_go_on(tmp_path):
     merged, experts = tiny.family(tmp_path, experts=2)
-    file = experts["expert1"] / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = float("inf")
-    save_file(tensors, file, {"format": "pt"})
+    poison(experts["expert1"], "model.layers.1.mlp.up_proj.weight", (2, 3), float("inf"))
     rows = {name: tiny.rows(4, 40, seed=i) for i, name in enumerate(experts)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
