@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .statistics import Moments
-from .target import add_anchor_, anchor_strength, bias_shift, centred, gain
+from .target import add_anchor_, anchor_strength, bias_shift, centred, gain, solved
 
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Least λ over tr(H): so H_E has a condition of 1e6 at most, and λ is above the rounding of the sums
@@ -21,11 +21,16 @@ GRID = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 LEAST = 1e-6
 
 
+# Outputs of each layer that α is chosen by, evenly spaced: the gain is a sum over outputs, all of
+# which see the same inputs, and where there are thousands some hundreds tell the same.
+OUTPUTS = 256
+
+
 class Chosen(NamedTuple):
     """What the held-out rows say of the layers of one input.
 
     Attributes:
-        alpha: the best of the grid, or None where W_m itself is.
+        alpha: the best that was tried, or None where W_m itself is.
         gains: α → held-out gain over W_m, summed over the layers; -inf where fp32 cannot solve it.
     """
 
@@ -40,37 +45,93 @@ def choose_alpha(
     anchor: str = "identity",
     refit_bias: Sequence[bool] = (),
     grid: Sequence[float] = GRID,
+    outputs: int = OUTPUTS,
 ) -> Chosen:
     """The α under which the layers of one input do best on rows that they were not fitted to.
+
+    Every third of the grid is tried, then the neighbours of the best of these.
 
     Args:
         fitted, held_out: moments of each layer, ``H`` being the same for all of them.
         anchor: one of :data:`~epmq_gptq.target.ANCHORS`.
         refit_bias: per layer, whether its bias is fitted as well.
-        grid: what is tried.
+        grid: what may be tried, in order.
+        outputs: of each layer that are looked at.
     """
     refit_bias = list(refit_bias) or [False] * len(fitted)
-    gains = dict.fromkeys(grid, 0.0)
-    least = LEAST * float(fitted[0].H.diagonal().sum(dtype=torch.float64))
+    judges = []
     for free in dict.fromkeys(refit_bias):
         members = [m for m, one in enumerate(refit_bias) if one == free]
-        sums = [fitted[m] for m in members]
-        sums = centred(sums) if free else sums
-        H = sums[0].H
-        for alpha in grid:
-            lam = anchor_strength(H, alpha)
-            L, info = torch.linalg.cholesky_ex(add_anchor_(H.clone(), lam, anchor))
-            if lam < least or int(info):
-                gains[alpha] = float("-inf")
+        judges.append(_Judge([_Pair.of(fitted[m], held_out[m], outputs) for m in members], free))
+    least = LEAST * float(fitted[0].H.diagonal().sum(dtype=torch.float64))
+    gains: dict[float, float] = {}
+
+    def look(places: Sequence[int]) -> int:
+        """The best of these places of the grid."""
+        for place in places:
+            alpha = grid[place]
+            if alpha not in gains:
+                gains[alpha] = sum(judge.gain(alpha, anchor, least) for judge in judges)
+        return max(places, key=lambda place: gains[grid[place]])
+
+    coarse = look(range(min(1, len(grid) - 1), len(grid), 3))
+    best = look([p for p in (coarse, coarse - 1, coarse + 1) if 0 <= p < len(grid)])
+    alpha = grid[best]
+    return Chosen(alpha if gains[alpha] > 0 else None, gains)
+
+
+class _Pair(NamedTuple):
+    """Moments of some outputs of one layer.
+
+    Attributes:
+        fitted, held_out: of the rows that are fitted to, and of those that judge.
+        share: outputs of the layer for each of these.
+    """
+
+    fitted: Moments
+    held_out: Moments
+    share: float
+
+    @classmethod
+    def of(cls, fitted: Moments, held_out: Moments, outputs: int) -> _Pair:
+        """Of at most so many outputs, evenly spaced."""
+        known = next((t for t in (fitted.D, fitted.outputs) if t is not None), None)
+        step = 1 if known is None else -(-len(known) // outputs)
+        if step == 1:
+            return cls(fitted, held_out, 1.0)
+        some = [
+            one._replace(
+                D=None if one.D is None else one.D[::step].contiguous(),
+                outputs=None if one.outputs is None else one.outputs[::step],
+            )
+            for one in (fitted, held_out)
+        ]
+        return cls(*some, len(known) / len(known[::step]))
+
+
+class _Judge:
+    """The held-out gain of layers of one input whose biases are all fitted, or all stay."""
+
+    def __init__(self, pairs: Sequence[_Pair], free: bool):
+        self._pairs, self._free = pairs, free
+        sums = [pair.fitted for pair in pairs]
+        self._sums = centred(sums) if free else sums
+
+    def gain(self, alpha: float, anchor: str, least: float) -> float:
+        """Of W*(α) over W_m; -inf where fp32 cannot solve it, or λ is below ``least``."""
+        H = self._sums[0].H
+        lam = anchor_strength(H, alpha)
+        L, info = torch.linalg.cholesky_ex(add_anchor_(H.clone(), lam, anchor))
+        if lam < least or int(info):
+            return float("-inf")
+        total = 0.0
+        for pair, moments in zip(self._pairs, self._sums, strict=True):
+            if moments.D is None:
                 continue
-            for m, moments in zip(members, sums, strict=True):
-                if moments.D is None:
-                    continue
-                change = torch.cholesky_solve(moments.D.mT, L).mT
-                shift = bias_shift(change, fitted[m]) if free else None
-                gains[alpha] += gain(change, shift, held_out[m])
-    best = max(grid, key=lambda alpha: gains[alpha])
-    return Chosen(best if gains[best] > 0 else None, gains)
+            change = solved(moments.D, L)
+            shift = bias_shift(change, pair.fitted) if self._free else None
+            total += pair.share * gain(change, shift, pair.held_out)
+        return total
 
 
 # How often the weights are moved, and by what factor an expert that keeps nothing gains on one
@@ -131,7 +192,7 @@ def _solved(
             for part, weight in zip(parts, weights, strict=True)
             if part[layer].D is not None
         ]
-        changes.append(torch.cholesky_solve(sum(known).mT, L).mT if known else None)
+        changes.append(solved(sum(known), L) if known else None)
     return changes
 
 

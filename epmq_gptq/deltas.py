@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels.gram import torch_gram_update
+from .kernels.gram import gram_update, mirror_
+from .kernels.product import product_update
 
 # Rows of a low-rank difference that are built at once.
 _ROWS = 1024
@@ -35,10 +36,19 @@ class WeightDelta(NamedTuple):
     def add_product_(self, D: torch.Tensor, H: torch.Tensor) -> None:
         """``D += (dense + B A) H`` with ``D: (out, d)``, ``H: (d, d)``, as ``B (A H)``."""
         if self.dense is not None:
-            D.addmm_(self.dense, H)
+            product_update(D, self.dense, H)
         if self.low_rank is not None:
             B, A = self.low_rank
             D.addmm_(B, A @ H)
+
+    def outputs(self, X: torch.Tensor) -> torch.Tensor:
+        """``X (dense + B A)ᵀ: (n, out)`` of ``X: (n, d)``, as ``(X Aᵀ) Bᵀ``."""
+        found = None if self.dense is None else X @ self.dense.t()
+        if self.low_rank is None:
+            return found
+        B, A = self.low_rank
+        through = X @ A.t()
+        return through @ B.t() if found is None else found.addmm_(through, B.t())
 
 
 def data_free_gram(task_vector: WeightDelta, energy: float) -> torch.Tensor:
@@ -64,6 +74,7 @@ def data_free_gram(task_vector: WeightDelta, energy: float) -> torch.Tensor:
             rows = dense[start : start + _ROWS]
             if low_rank is not None:
                 rows = rows + low_rank[0][start : start + _ROWS] @ low_rank[1]
-            torch_gram_update(C, rows)
+            gram_update(C, rows)
+        mirror_(C)
     trace = float(C.diagonal().sum(dtype=torch.float64))
     return C.mul_(energy / trace) if trace > 0 else C.zero_()

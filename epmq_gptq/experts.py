@@ -280,6 +280,14 @@ class Experts:
             W = W * (update.magnitude[start:stop] / W.norm(dim=1))[:, None]
         return W
 
+    def prefetch(self, name: str, modules: Iterable[str]) -> None:
+        """Have the weights of these layers read ahead, where they lie on a disk."""
+        expert = self._experts[name]
+        for module in modules:
+            store = self._store_of(expert, self._bound[module])
+            if isinstance(store, Checkpoint):
+                store.prefetch(self._stored[name, module].tensor)
+
     def bias(self, name: str, module: str) -> torch.Tensor:
         """``b_i: (out,)`` of one layer, as its checkpoint has it.
 

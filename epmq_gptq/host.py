@@ -6,31 +6,38 @@ is an :class:`EPMQConfig` and is the host's own otherwise; nothing else of the h
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
 import time
+import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from gptqmodel import GPTQModel
 from gptqmodel.looper.gptq_processor import GPTQProcessor
 from gptqmodel.looper.module_looper import ModuleLooper
 from gptqmodel.models import loader as host_loader
 from gptqmodel.models.base import BaseQModel
+from gptqmodel.quantization import gptq_cuda
 from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
 from gptqmodel.utils.structure import LazyTurtle
 
 from .checkpoints import Checkpoint, check_folder, resolve_source
 from .config import EPMQConfig
-from .errors import EPMQHostError, EPMQInputError
+from .errors import EPMQHostError, EPMQInputError, EPMQWarning
 from .experts import Experts
 from .hub import parse_hub_id
+from .kernels.rounding import triton_rounds
 from .linears import Linear
 from .model_linears import check_architecture, check_head, quantizable_linears
 from .models import register
 from .options import exists
+from .phases import Phases, peak_memory
 from .preflight import Preflight
 from .preflight.runs import run_preflight
 from .preparing import planned, settle_alpha, trajectories_of
@@ -104,6 +111,22 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "group": (GPTQProcessor, "begin_shared_input_capture", ("model", "subset_names")),
     "solve": (GPTQProcessor, "end_shared_input_capture", ("subset_names",)),
     "plan": (GPTQProcessor, "_resolve_shared_input_plan", ("model",)),
+    "rounding kernel": (
+        gptq_cuda,
+        "gptq_block_update",
+        (
+            "work",
+            "hinv",
+            "scale",
+            "zero",
+            "column_group",
+            "quantized",
+            "errors",
+            "losses",
+            "maxq",
+        ),
+    ),
+    "rounding kernel there": (gptq_cuda, "block_update_available", ()),
     "batch": (GPTQProcessor, "current_batch_index", ()),
 }
 
@@ -241,6 +264,7 @@ def quantize_with_experts(
         The host's log per processor, and under ``"epmq"`` a :class:`QuantizationReport`, which is
         also left in ``model.epmq_report``.
     """
+    start = time.perf_counter()
     config: EPMQConfig = model.quantize_config
     if model.quantized:
         raise EPMQInputError(
@@ -258,6 +282,8 @@ def quantize_with_experts(
     experts = Experts(config.experts, base=config.base, require_pinned=config.require_pinned)
     model.epmq_sources = {"merged model": merged.path} | experts.folders
     linears = list(quantizable_linears(model))
+    device = getattr(config.device, "value", None) or str(config.device or "cpu")
+    phases = Phases(device)
     settle_alpha(config, merged)
     plan = planned(
         model, experts, calibration, calibration_sort, batch_size, calibration_concat_size
@@ -268,28 +294,33 @@ def quantize_with_experts(
         experts,
         linears,
         plan.tokens,
-        device=getattr(config.device, "value", None) or str(config.device or "cpu"),
+        device=device,
         dtype_bytes=next(model.model.parameters()).dtype.itemsize,
     )
-    trajectories = trajectories_of(model, merged, experts, plan, linears)
+    trajectories = trajectories_of(model, merged, experts, plan, linears, phases)
     processor = EPMQProcessor(
         plan=plan,
         experts=experts,
         trajectories=trajectories,
         weighting=Weighting(config.weighting, plan.tokens, config.expert_weights, config.data_free),
         is_routed=model.is_moe_module,
+        phases=phases,
         tokenizer=model.tokenizer,
         qcfg=config,
         batch_size=batch_size,
     )
-    start = time.perf_counter()
+    phases.add("prepare", time.perf_counter() - start)
     try:
-        log = _loop(model, processor, backend)
+        log = _loop(model, processor, backend, device)
     finally:
         experts.close()
         if trajectories is not None:
             trajectories.close()
-    report = _report(processor, linears, checked, time.perf_counter() - start)
+    report = _report(processor, linears, checked)
+    report.seconds = time.perf_counter() - start
+    timer = getattr(model, "quant_region_timer", None)
+    report.phases = phases.result(report.seconds, timer.snapshot() if timer else None)
+    report.peak_memory = peak_memory(device)
     report.provenance = provenance(merged, config, experts, report)
     config.meta["epmq"] = report.provenance
     model.epmq_report = report
@@ -297,7 +328,7 @@ def quantize_with_experts(
 
 
 def _report(
-    processor: EPMQProcessor, linears: list[Linear], checked: Preflight, seconds: float
+    processor: EPMQProcessor, linears: list[Linear], checked: Preflight
 ) -> QuantizationReport:
     order = {linear.name: index for index, linear in enumerate(linears)}
     plan, trajectories = processor.plan, processor.trajectories
@@ -307,10 +338,8 @@ def _report(
         tokens=plan.tokens,
         calibration=plan.calibration,
         preflight=checked.to_dict(),
-        seconds=seconds,
         shared_groups=processor.shared_groups,
         shared_layers=processor.shared_layers,
-        expert_seconds=0.0 if trajectories is None else trajectories.seconds,
         left={} if trajectories is None else {n: str(e) for n, e in trajectories.left.items()},
     )
 
@@ -336,7 +365,35 @@ def _check_host_options(host_options: dict[str, Any]) -> None:
             )
 
 
-def _loop(model: BaseQModel, processor: EPMQProcessor, backend) -> dict[str, Any]:
+@contextlib.contextmanager
+def _fast_rounding(device: str) -> Iterator[None]:
+    """Within: where the host's CUDA kernel cannot be compiled, Triton rounds in its place."""
+    if torch.device(device).type != "cuda" or gptq_cuda.block_update_available():
+        yield
+        return
+    if not triton_rounds(torch.device(device)):
+        warnings.warn(
+            EPMQWarning(
+                "neither nvcc nor a Triton that rounds exactly was found, so columns are rounded "
+                "by a loop of torch operations: the same result, in more time.",
+                code="EPMQ-H01",
+            ),
+            stacklevel=2,
+        )
+        yield
+        return
+    from .kernels.rounding_triton import triton_block_update
+
+    before = gptq_cuda.block_update_available, gptq_cuda.gptq_block_update
+    gptq_cuda.block_update_available = lambda: True
+    gptq_cuda.gptq_block_update = triton_block_update
+    try:
+        yield
+    finally:
+        gptq_cuda.block_update_available, gptq_cuda.gptq_block_update = before
+
+
+def _loop(model: BaseQModel, processor: EPMQProcessor, backend, device: str) -> dict[str, Any]:
     config = model.quantize_config
     options = {}
     if "disk_write_expected" in inspect.signature(ModuleLooper.__init__).parameters:  # 7.7
@@ -344,7 +401,8 @@ def _loop(model: BaseQModel, processor: EPMQProcessor, backend) -> dict[str, Any
     looper = ModuleLooper(model, processors=[processor], **options)
     processor.stop_loop = looper._request_loop_stop
     try:
-        log = looper.loop(backend=backend, fallback=config.fallback)
+        with _fast_rounding(device):
+            log = looper.loop(backend=backend, fallback=config.fallback)
         if processor.failure is not None:
             raise processor.failure
     except BaseException:

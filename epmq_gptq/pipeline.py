@@ -39,12 +39,14 @@ class RunOptions:
         overwrite: replace what is there.
         device: "cpu", "cuda", "cuda:1"; None for a GPU where there is one.
         batch_size: instead of the recipe's.
+        exact_phases: wait for the GPU at both ends of a phase.
     """
 
     out: Path
     overwrite: bool = False
     device: str | None = None
     batch_size: int | None = None
+    exact_phases: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
             reporter.step("load", f"{merged.name} on {device}")
             model = load_merged(merged, config, recipe.dtype, device)
             rows = _encoded(model, sets)
-            report = _quantize(model, rows, options.batch_size or recipe.batch_size, reporter)
+            from .phases import exact_phases
+
+            with exact_phases() if options.exact_phases else contextlib.nullcontext():
+                report = _quantize(model, rows, options.batch_size or recipe.batch_size, reporter)
             if lineage:
                 # What the merged folder says of itself comes first.
                 report.provenance.setdefault("merge", lineage)

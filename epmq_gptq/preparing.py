@@ -14,6 +14,7 @@ from .errors import EPMQInputError, EPMQWarning
 from .experts import Experts
 from .inputs import input_rules
 from .linears import Linear
+from .phases import Phases
 from .profiles import paper_alpha
 from .provenance import merge_record
 from .row_sets import read_calibration
@@ -93,6 +94,7 @@ def trajectories_of(
     experts: Experts,
     plan: CalibrationPlan,
     linears: list[Linear],
+    phases: Phases,
 ) -> ExpertTrajectories | None:
     """The experts' own passes, if a target needs them.
 
@@ -111,6 +113,7 @@ def trajectories_of(
             device=torch.device(getattr(config.device, "value", None) or config.device or "cpu"),
             dtype=next(model.model.parameters()).dtype,
             keep_going=config.on_bad_module == "rtn",
+            phases=phases,
         )
     except EPMQInputError as error:
         if config.targets_asked_for:

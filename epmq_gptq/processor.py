@@ -28,6 +28,7 @@ from .config import EPMQConfig
 from .deltas import WeightDelta
 from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
 from .experts import Experts
+from .phases import Phases
 from .report import ModuleReport
 from .residual import first_states
 from .solver import TargetSolver, check_merged
@@ -67,6 +68,7 @@ class EPMQProcessor(GPTQProcessor):
         weighting: β_i of every expert.
         is_routed: whether a module's full name is that of a routed (mixture-of-experts) module.
         trajectories: the experts' own passes; None where no target needs them.
+        phases: where the time is counted.
         host_arguments: what ``GPTQProcessor`` takes besides the calibration data.
     """
 
@@ -78,6 +80,7 @@ class EPMQProcessor(GPTQProcessor):
         weighting: Weighting,
         is_routed: Callable[[str], bool],
         trajectories: ExpertTrajectories | None = None,
+        phases: Phases | None = None,
         **host_arguments,
     ):
         super().__init__(
@@ -93,6 +96,7 @@ class EPMQProcessor(GPTQProcessor):
         self.weighting = weighting
         self.is_routed = is_routed
         self.trajectories = trajectories
+        self.phases = phases or Phases()
         config: EPMQConfig = self.qcfg
         own = trajectories is not None
         self.form = TargetForm(
@@ -105,6 +109,7 @@ class EPMQProcessor(GPTQProcessor):
             is_routed=is_routed,
             on_bad=self._mark_bad,
             all_tokens=lambda: self.total_calibration_tokens,
+            phases=self.phases,
         )
         self._streams = threading.local()  # tap -> r of the batch that this thread runs
         self._taps: list[torch.utils.hooks.RemovableHandle] = []
@@ -210,7 +215,8 @@ class EPMQProcessor(GPTQProcessor):
 
         def count(module, inputs, output):
             if group.error is None:
-                self._guarded(group, lambda: self._count(group, inputs[0]))
+                with self.phases.in_hook("gram"):
+                    self._guarded(group, lambda: self._count(group, inputs[0]))
 
         return skip if group is None else count
 
@@ -224,6 +230,9 @@ class EPMQProcessor(GPTQProcessor):
                 remedy="Install a version that epmq_gptq was tested with.",
             )
         expert = self.plan.experts[index]
+        if index == 0 or self.plan.experts[index - 1] != expert:
+            # Read from disk while this expert's batches run, for the fold that comes after them.
+            self.experts.prefetch(expert, [self.tasks[name].full_name for name in group.names])
         keep = self._calibration_tokens(group.names[0])
         rows = _rows(X, keep)
         Z, gaps = self._of_expert(group, index, X, keep)
@@ -309,6 +318,7 @@ class EPMQProcessor(GPTQProcessor):
             fold_once=self.weighting.needs_whole_gram,
             form=self.form._replace(biases=any(task.refits_bias for task in tasks.values())),
             bias=bias,
+            phases=self.phases,
         )
 
     @staticmethod
@@ -334,7 +344,8 @@ class EPMQProcessor(GPTQProcessor):
         self._taps = []
         for group in groups.values():
             start = time.perf_counter()
-            self._solve(group)
+            with self.phases.measure("solve"):
+                self._solve(group)
             seconds = (time.perf_counter() - start) / len(group.names)
             for name in group.names:
                 self.tasks[name].report.seconds += seconds
@@ -391,7 +402,8 @@ class EPMQProcessor(GPTQProcessor):
     def process(self, module: NamedModule, *args, **kwargs):
         """Round one layer, the host's way, and keep its report."""
         task = self.tasks[module.name]
-        super().process(module, *args, **kwargs)
+        with self.phases.measure("round"):
+            super().process(module, *args, **kwargs)
         with self.lock:
             self.reports.append(task.report)
             first = task.failure is not None and self.failure is None

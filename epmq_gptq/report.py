@@ -63,10 +63,12 @@ class QuantizationReport:
         rows, tokens: calibration rows (of joined ones: blocks) and tokens per expert.
         calibration: expert → what became of its rows: asked for, available, used, cut, dropped; the
             fields of :class:`~epmq_gptq.tokens.RowCounts`.
-        seconds: wall time of the quantization loop.
+        seconds: wall time of `quantize`, preflight included.
         shared_groups: inputs whose one Gram and one factor served several layers.
         shared_layers: layers that used another layer's Gram.
-        expert_seconds: of it, the experts' own passes.
+        phases: phase → seconds, see :data:`~epmq_gptq.phases.PHASES`; work of several threads at
+            once counts for each of them.
+        peak_memory: bytes at the peak of the process, and of the GPU where there is one.
         left: experts whose own pass ended early, and why (``on_bad_module="rtn"``): from there on
             their targets are the paper's.
         preflight: what was found before the run, see :class:`~epmq_gptq.preflight.Preflight`.
@@ -80,7 +82,8 @@ class QuantizationReport:
     seconds: float = 0.0
     shared_groups: int = 0
     shared_layers: int = 0
-    expert_seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     preflight: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +102,17 @@ class QuantizationReport:
     def exceptions(self) -> list[ModuleReport]:
         """The layers that did not get an expert target."""
         return [m for m in self.modules if m.target != "experts"]
+
+    def profile(self) -> dict[str, Any]:
+        """Seconds by phase and bytes at the peak, and what they depend on."""
+        return {
+            "seconds": self.seconds,
+            "phases": dict(self.phases),
+            "peak_memory": dict(self.peak_memory),
+            "experts": len(self.tokens),
+            "tokens": sum(self.tokens.values()),
+            "modules": len(self.modules),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain data."""

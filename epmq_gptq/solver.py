@@ -17,6 +17,7 @@ from .choice import GRID, choose_alpha, min_max_weights
 from .deltas import data_free_gram
 from .errors import EPMQNumericalError
 from .experts import Experts, check_finite
+from .phases import Phases
 from .statistics import GroupStatistics, Moments, combined
 from .target import add_anchor_, anchor_strength, centred, expert_target, numerical_rank
 from .task import EPMQ
@@ -65,6 +66,7 @@ class TargetSolver:
         is_routed: Callable[[str], bool],
         on_bad: Callable[[EPMQ, EPMQNumericalError], None],
         all_tokens: Callable[[], float],
+        phases: Phases,
     ):
         self._experts = experts
         self._weighting = weighting
@@ -72,6 +74,7 @@ class TargetSolver:
         self._is_routed = is_routed
         self._on_bad = on_bad
         self._all_tokens = all_tokens
+        self._phases = phases
 
     def solve(
         self,
@@ -122,7 +125,8 @@ class TargetSolver:
             for task in tasks:
                 self._on_bad(task, task.no_input(total))
             return
-        alphas = self._alphas(tasks, moments)
+        with self._phases.measure("alpha"):
+            alphas = self._alphas(tasks, moments)
         whole = moments[0]
         if len(moments) > 1:
             H = whole[tasks[0]].H.add_(moments[1][tasks[0]].H)  # what was held out counts, too

@@ -27,13 +27,15 @@ import torch
 
 from .deltas import WeightDelta
 from .errors import EPMQInputError, EPMQNumericalError
-from .kernels.gram import torch_cross_update, torch_gram_update
+from .kernels.gram import ROWS, gram_update, mirror_
+from .kernels.product import cross_update, product_update
+from .phases import Phases
 
 # (member, expert) -> W_expert − W_m of that member, or None where it is exactly zero.
 ReadDelta = Callable[[str, str], WeightDelta | None]
 # (member, expert) -> b_expert − b_m of that member, (out,) fp32, or None where it is zero.
 ReadBias = Callable[[str, str], torch.Tensor | None]
-# (expert, H_i) -> β_i. See `EPMQConfig.weighting`.
+# (expert, diag(H_i): (d,)) -> β_i. See `EPMQConfig.weighting`.
 Weight = Callable[[str, torch.Tensor], float]
 
 
@@ -97,7 +99,7 @@ class _Sums:
     """Sums over tokens of one shared input, of one expert or of all; what is unused is None.
 
     Attributes:
-        H, C: ``(d, d)`` Σ x xᵀ and Σ (z − x) xᵀ.
+        H, C: ``(d, d)`` Σ x xᵀ (of which the upper triangle means anything) and Σ (z − x) xᵀ.
         s, t: ``(d,)`` Σ x and Σ (z − x).
         count: tokens.
     """
@@ -110,6 +112,26 @@ class _Sums:
         self.count = 0.0
 
     _TENSORS = ("H", "C", "s", "t")
+
+    def add(self, rows: _Rows, *, vectors: bool) -> None:
+        """Count rows.
+
+        Args:
+            vectors: with ``s`` and ``t``.
+        """
+        X, ahead = rows.X, rows.ahead
+        if self.H is None:
+            self.H = X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float32)
+        gram_update(self.H, X)
+        if ahead is not None:
+            if self.C is None:
+                self.C = torch.zeros_like(self.H)
+            cross_update(self.C, ahead, X)
+        if vectors:
+            self.s = _sum(self.s, X.sum(0, dtype=torch.float32), X.device)
+            if ahead is not None:
+                self.t = _sum(self.t, ahead.sum(0), X.device)
+        self.count += len(X)
 
     def scale_(self, factor: float) -> None:
         """Multiply everything."""
@@ -126,6 +148,71 @@ class _Sums:
         self.count += other.count
 
 
+class _Rows(NamedTuple):
+    """Rows of one expert.
+
+    Attributes:
+        X: ``(n, d)`` inputs.
+        ahead: ``(n, d)`` fp32 z − x, or None.
+        gaps: member → ``(n, out)`` fp32 r_i − r.
+    """
+
+    X: torch.Tensor
+    ahead: torch.Tensor | None
+    gaps: dict[str, torch.Tensor]
+
+    @property
+    def kinds(self) -> tuple:
+        """What else than X there is, and of what dtype X is: rows of one kind can be joined."""
+        return self.X.dtype, self.ahead is None, tuple(self.gaps)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, in order."""
+        ahead = [] if self.ahead is None else [self.ahead]
+        return [self.X, *ahead, *self.gaps.values()]
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> _Rows:
+        """Rows of the same kind from :meth:`tensors`."""
+        X, *others = tensors
+        ahead = None if self.ahead is None else others.pop(0)
+        return _Rows(X, ahead, dict(zip(self.gaps, others, strict=True)))
+
+    def moved(self, eta: float) -> torch.Tensor:
+        """``(n, d)`` fp32 x + η (z − x)."""
+        X = self.X.to(torch.float32)
+        return X if self.ahead is None else torch.add(X, self.ahead, alpha=eta)
+
+
+class _Stage:
+    """Room for :data:`~epmq_gptq.kernels.gram.ROWS` rows, so that products are of many rows.
+
+    Batches of one sequence would read and write all sums for every few hundred rows.
+    """
+
+    def __init__(self, like: _Rows):
+        self.kinds = like.kinds
+        self._room = [tensor.new_empty((ROWS, tensor.shape[1])) for tensor in like.tensors()]
+        self._like = like.of([tensor[:0] for tensor in like.tensors()])
+        self.count = 0
+
+    def fits(self, rows: _Rows) -> bool:
+        """Whether they can be added."""
+        return rows.kinds == self.kinds and self.count + len(rows.X) <= ROWS
+
+    def add(self, rows: _Rows) -> None:
+        """Copy them: whoever gave them may write to them again."""
+        stop = self.count + len(rows.X)
+        for room, tensor in zip(self._room, rows.tensors(), strict=True):
+            room[self.count : stop].copy_(tensor)
+        self.count = stop
+
+    def take(self) -> _Rows:
+        """What is there; the room is empty then, and may be written to once that was used."""
+        rows = self._like.of([room[: self.count] for room in self._room])
+        self.count = 0
+        return rows
+
+
 def _sum(
     mine: torch.Tensor | None, theirs: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
@@ -140,9 +227,12 @@ class GroupStatistics:
 
     Holds one ``(d, d)`` Gram of the current expert, one ``(d, d)`` sum, and one ``(out, d)`` buffer
     per member, all fp32, however many experts there are; with η as much again for the ``C_i``, and
-    with ρ one more ``(out, d)`` buffer for each member that writes to the residual stream. Feeding
-    the experts one after the other costs one fold each; any other order gives the same sums with
-    more folds.
+    with ρ one more ``(out, d)`` buffer for each member that writes to the residual stream; and the
+    last rows, ``ROWS`` at most. Feeding the experts one after the other costs one fold each; any
+    other order gives the same sums with more folds.
+
+    A fold costs 2 · out · d² per member as ``(W_i − W_m) H_i``. An expert of less than d/2 rows is
+    folded as ``((W_i − W_m) X) Xᵀ``, for 4 · out · d · n, and has no ``H_i`` of its own.
 
     Args:
         columns: d, the width of the shared input.
@@ -153,6 +243,7 @@ class GroupStatistics:
         fold_once: β_i depends on the whole of ``H_i``, so a second fold of an expert is an error.
         form: which targets; the paper's by default.
         bias: reads ``b_i − b_m``, where ``form.biases``.
+        phases: where the time is counted.
     """
 
     def __init__(
@@ -166,6 +257,7 @@ class GroupStatistics:
         fold_once: bool = False,
         form: TargetForm = PAPER,
         bias: ReadBias | None = None,
+        phases: Phases | None = None,
     ):
         self.columns = columns
         self.members = dict(members)
@@ -177,13 +269,14 @@ class GroupStatistics:
         self._bias = bias
         self._weight = weight
         self._fold_once = fold_once
+        self._phases = phases or Phases()
         self._folded: set[str] = set()
         self._expert: str | None = None
-        self._pending = 0
-        self._current = _Sums()
-        self._total = _Sums()
+        self._stage: _Stage | None = None  # rows of the current expert that are in no sum yet
+        self._current: _Sums | None = None  # of the current expert, once its rows fill the stage
         self._gaps: dict[str, torch.Tensor] = {}  # member -> E_i of the current expert
         self._gap_sums: dict[str, torch.Tensor] = {}  # member -> Σ (r_i − r) of it
+        self._total = _Sums()
         self._deltas: dict[str, torch.Tensor] = {}
         self._outputs: dict[str, torch.Tensor] = {}
 
@@ -212,39 +305,41 @@ class GroupStatistics:
         if expert != self._expert:
             self.fold()
             self._expert = expert
-        current = self._current
-        if current.H is None:
-            current.H = self._zeros(self.columns, self.columns)
-        torch_gram_update(current.H, X)
-        if self.form.biases:
-            total = X.sum(0, dtype=torch.float32)
-            current.s = total if current.s is None else current.s.add_(total)
-        if self.form.eta and Z is not None:
-            self._add_cross(current, X, Z)
-        for member, gap in (gaps or {}).items() if self.form.rho else ():
-            self._add_gap(member, gap, X)
-        current.count += X.shape[0]
-        self._pending += X.shape[0]
-        self.tokens[expert] = self.tokens.get(expert, 0) + X.shape[0]
-
-    def _add_cross(self, current: _Sums, X: torch.Tensor, Z: torch.Tensor) -> None:
+        own = self.form.eta and Z is not None
         # The difference first: H_i would cancel most of Σ z xᵀ.
-        ahead = Z.to(torch.float32) - X
-        if current.C is None:
-            current.C = self._zeros(self.columns, self.columns)
-        torch_cross_update(current.C, ahead, X)
-        if self.form.biases:
-            total = ahead.sum(0)
-            current.t = total if current.t is None else current.t.add_(total)
+        ahead = Z.to(torch.float32) - X if own else None
+        known = gaps or {} if self.form.rho else {}
+        rows = _Rows(X, ahead, {name: gap.to(torch.float32) for name, gap in known.items()})
+        self.tokens[expert] = self.tokens.get(expert, 0) + len(X)
+        stage = self._stage
+        if stage is not None and not stage.fits(rows):
+            self._count_staged()
+        if len(X) >= ROWS:
+            self._count(rows)
+            return
+        if stage is None or stage.kinds != rows.kinds:
+            stage = self._stage = _Stage(rows)
+        stage.add(rows)
 
-    def _add_gap(self, member: str, gap: torch.Tensor, X: torch.Tensor) -> None:
-        E = self._gaps.get(member)
-        if E is None:
-            E = self._gaps[member] = self._zeros(self.members[member], self.columns)
-        torch_cross_update(E, gap, X)
-        if self.form.biases:
-            total = gap.sum(0, dtype=torch.float32)
-            self._gap_sums[member] = _sum(self._gap_sums.get(member), total, self.device)
+    def _count_staged(self) -> None:
+        if self._stage is not None and self._stage.count:
+            self._count(self._stage.take())
+
+    def _count(self, rows: _Rows) -> None:
+        """Add rows to the sums of the current expert."""
+        if self._current is None:
+            self._current = _Sums()
+        self._current.add(rows, vectors=self.form.biases)
+        for member, gap in rows.gaps.items():
+            E = self._gaps.get(member)
+            if E is None:
+                E = self._gaps[member] = self._zeros(self.members[member], self.columns)
+            cross_update(E, gap, rows.X)
+            if self.form.biases:
+                sums = self._gap_sums.get(member)
+                self._gap_sums[member] = _sum(sums, gap.sum(0), self.device)
+
+    # ---- folding -----------------------------------------------------------------------------
 
     def fold(self) -> None:
         """Move the current expert's sums into the totals; nothing happens where there are none.
@@ -252,56 +347,109 @@ class GroupStatistics:
         Raises:
             EPMQNumericalError: the Gram is not finite, so some activation (or its square) is not.
         """
-        if self._pending == 0:
+        staged = 0 if self._stage is None else self._stage.count
+        if self._current is None and not staged:
             return
+        with self._phases.measure("fold"):
+            if self._current is None and 2 * staged < self.columns:
+                self._fold_rows(self._stage.take())
+            else:
+                with self._phases.measure("gram"):
+                    self._count_staged()
+                self._fold_sums()
+        self._expert = None
+        self.folds += 1
+
+    def _fold_sums(self) -> None:
         expert, current = self._expert, self._current
-        assert expert is not None and current.H is not None
-        self._check_finite(expert)
+        assert expert is not None and current is not None
+        diagonal = current.H.diagonal()
+        self._check_finite(expert, diagonal, None if current.C is None else current.C.sum(1))
         self._count_fold(expert)
-        if self._weight is not None:
-            factor = self._weight(expert, current.H)
+        factor = self._factor(expert, diagonal)
+        if factor != 1:
             current.scale_(factor)
             for tensor in (*self._gaps.values(), *self._gap_sums.values()):
                 tensor.mul_(factor)
+        moved = None
         for member in self.members:
-            self._fold_member(member, expert, current)
+            delta = self._read(member, expert)
+            if delta is not None:
+                if moved is None:
+                    moved = mirror_(current.H)
+                    if current.C is not None:
+                        # W_i = (W_i − W_m) + W_m: the second part is that of all experts, `take`.
+                        moved = torch.add(moved, current.C, alpha=self.form.eta)
+                delta.add_product_(self._buffer(member), moved)
+                if self.form.biases:
+                    vector = current.s
+                    if current.t is not None:
+                        vector = torch.add(current.s, current.t, alpha=self.form.eta)
+                    delta.add_product_(self._output(member)[:, None], vector[:, None])
+            if self.form.biases:
+                self._fold_bias(member, expert, current.s, current.count)
+        for member, gap in self._gaps.items():
+            self._buffer(member).add_(gap, alpha=self.form.rho)
+            if self.form.biases:
+                self._output(member).add_(self._gap_sums[member], alpha=self.form.rho)
         # The first expert's Gram becomes the sum: one buffer less until a second one comes.
         self._total.take_(current, self.device)
-        self._current = _Sums()
-        self._gaps, self._gap_sums = {}, {}
-        self._expert, self._pending = None, 0
-        self.folds += 1
+        self._current, self._gaps, self._gap_sums = None, {}, {}
 
-    def _fold_member(self, member: str, expert: str, current: _Sums) -> None:
-        form, delta = self.form, self._delta(member, expert)
-        if delta is not None:
-            moved = current.H
-            if current.C is not None:
-                # W_i = (W_i − W_m) + W_m: the second part is the same for all experts, see `take`.
-                moved = torch.add(current.H, current.C, alpha=form.eta)
-            delta.add_product_(self._buffer(member), moved)
-            if form.biases:
-                vector = current.s
-                if current.t is not None:
-                    vector = torch.add(current.s, current.t, alpha=form.eta)
-                delta.add_product_(self._output(member)[:, None], vector[:, None])
-        gap = self._gaps.get(member)
-        if gap is not None:
-            self._buffer(member).add_(gap, alpha=form.rho)
-            if form.biases:
-                self._output(member).add_(self._gap_sums[member], alpha=form.rho)
-        b = self._bias(member, expert) if form.biases and self._bias is not None else None
+    def _fold_rows(self, rows: _Rows) -> None:
+        expert = self._expert
+        assert expert is not None
+        # The diagonal of the Gram, as a sum of squares: what is not finite shows there.
+        diagonal = torch.linalg.vector_norm(rows.X, dim=0, dtype=torch.float32).square_()
+        self._check_finite(expert, diagonal, None if rows.ahead is None else rows.ahead.sum(0))
+        self._count_fold(expert)
+        factor = self._factor(expert, diagonal)
+        sums = self._total if factor == 1 else _Sums()
+        with self._phases.measure("gram"):
+            sums.add(rows, vectors=self.form.biases)
+        X, moved = rows.X.to(torch.float32), None
+        for member in self.members:
+            delta = self._read(member, expert)
+            if delta is not None:
+                moved = rows.moved(self.form.eta) if moved is None else moved
+                outputs = delta.outputs(moved)
+                self._buffer(member).addmm_(outputs.t(), X, alpha=factor)
+                if self.form.biases:
+                    self._output(member).add_(outputs.sum(0), alpha=factor)
+        for member, gap in rows.gaps.items():
+            self._buffer(member).addmm_(gap.t(), X, alpha=factor * self.form.rho)
+            if self.form.biases:
+                self._output(member).add_(gap.sum(0), alpha=factor * self.form.rho)
+        if self.form.biases:
+            of_rows = X.sum(0).mul_(factor)
+            for member in self.members:
+                self._fold_bias(member, expert, of_rows, factor * len(X))
+        if sums is not self._total:
+            sums.scale_(factor)
+            self._total.take_(sums, self.device)
+
+    def _fold_bias(self, member: str, expert: str, inputs: torch.Tensor, count: float) -> None:
+        b = None if self._bias is None else self._bias(member, expert)
         if b is not None:
-            self._buffer(member).addr_(b, current.s)
-            self._output(member).add_(b, alpha=current.count)
+            self._buffer(member).addr_(b, inputs)
+            self._output(member).add_(b, alpha=count)
 
-    def _check_finite(self, expert: str) -> None:
+    def _read(self, member: str, expert: str) -> WeightDelta | None:
+        with self._phases.measure("expert_reading"):
+            return self._delta(member, expert)
+
+    def _factor(self, expert: str, diagonal: torch.Tensor) -> float:
+        return 1.0 if self._weight is None else self._weight(expert, diagonal)
+
+    def _check_finite(
+        self, expert: str, diagonal: torch.Tensor, ahead: torch.Tensor | None
+    ) -> None:
         # Entry jj is a sum of squares: any non-finite activation of channel j shows there, and
         # d entries are read instead of d².
-        finite = torch.isfinite(self._current.H.diagonal())
+        finite = torch.isfinite(diagonal)
         where = "the activations at the input"
-        if bool(finite.all()) and self._current.C is not None:
-            finite = torch.isfinite(self._current.C.sum(1))
+        if bool(finite.all()) and ahead is not None:
+            finite = torch.isfinite(ahead)
             where = "in that expert's own pass, the activations at the input"
         if not bool(finite.all()):
             channel = int((~finite).nonzero()[0])
@@ -351,7 +499,7 @@ class GroupStatistics:
         """``H: (d, d)`` fp32, zero where nothing was counted. The statistics give it away."""
         self.fold()
         total, self._total.H = self._total.H, None
-        return self._zeros(self.columns, self.columns) if total is None else total
+        return self._zeros(self.columns, self.columns) if total is None else mirror_(total)
 
     def take_delta(self, member: str, W_m: torch.Tensor | None = None) -> torch.Tensor | None:
         """``D_m: (out, d)`` fp32, or None where it is exactly zero. Given away, as the Gram is.
@@ -363,7 +511,7 @@ class GroupStatistics:
         D, C = self._deltas.pop(member, None), self._total.C
         if C is not None:
             D = torch.zeros_like(W_m) if D is None else D
-            D.addmm_(W_m, C, alpha=self.form.eta)
+            product_update(D, W_m, C, self.form.eta)
         return D
 
     def take(self, member: str, H: torch.Tensor, W_m: torch.Tensor) -> Moments:

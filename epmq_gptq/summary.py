@@ -48,10 +48,17 @@ def print_summary(
     for name, reason in report.left.items():
         text = f"! expert `{name}` was not run to the end, so its targets are the paper's: {reason}"
         console.print(Text(text, "yellow"), soft_wrap=True)
-    if report.expert_seconds:
-        own = f"the experts' own passes took {report.expert_seconds:.1f} s"
-        console.print(f"of {report.seconds:.1f} s, {own}", style="dim")
+    if report.phases:
+        console.print(phase_line(report), style="dim", soft_wrap=True)
     console.print(expert_table(rows))
+
+
+def phase_line(report: QuantizationReport) -> str:
+    """Seconds by phase, the longest first, and the memory at the peak."""
+    spent = sorted(report.phases.items(), key=lambda phase: -phase[1])
+    told = ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in spent)
+    peaks = (f"{human_size(size)} ({name})" for name, size in report.peak_memory.items())
+    return f"spent {report.seconds:.1f} s: {told}; peak memory {', '.join(peaks)}"
 
 
 def module_table(report: QuantizationReport) -> Table:

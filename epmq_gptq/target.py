@@ -97,6 +97,13 @@ def numerical_rank(H: torch.Tensor) -> int:
     return int((eigenvalues > floor).sum())
 
 
+def solved(D: torch.Tensor, L: torch.Tensor) -> torch.Tensor:
+    """``D H_E⁻¹: (out, d)``, for ``D: (out, d)`` and the lower Cholesky factor ``L`` of ``H_E``."""
+    # Two solves from the right: faster than `cholesky_solve`, which wants D transposed.
+    half = torch.linalg.solve_triangular(L.mT, D, upper=True, left=False)
+    return torch.linalg.solve_triangular(L, half, upper=False, left=False)
+
+
 class Target(NamedTuple):
     """What one linear layer is rounded towards.
 
@@ -120,7 +127,7 @@ def expert_target(W_m: torch.Tensor, D: torch.Tensor | None, L: torch.Tensor) ->
     """
     if D is None:
         return Target(W_m.clone(), 0.0)
-    shift = torch.cholesky_solve(D.mT, L).mT
+    shift = solved(D, L)
     # (W* − W_m) H_E (W* − W_m)ᵀ = shift · Dᵀ, so the trace needs no further product.
     merge_excess = float((shift * D).sum(dtype=torch.float64))
     return Target((W_m + shift).contiguous(), merge_excess)

@@ -7,7 +7,6 @@ expert's layer is read, run and dropped before the next one is read, so memory d
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -20,6 +19,7 @@ from .errors import EPMQInputError, EPMQNumericalError
 from .experts import Experts
 from .layer_walk import LayerWalk
 from .linears import Linear
+from .phases import Phases
 from .residual import first_states, residual_taps
 from .skeleton import LayerStack, Skeleton
 
@@ -36,12 +36,12 @@ class ExpertTrajectories:
         dtype: of their weights and activations.
         keep_going: leave an expert whose activations are not finite from there on, instead of
             raising.
+        phases: where the time is counted.
 
     Attributes:
         left: such experts, and why.
         taps: linear layer that writes to the residual stream → the module, relative to the running
             layer, whose input is the stream before the addition.
-        seconds: spent so far.
 
     Raises:
         EPMQInputError: the layers cannot be found or run, or an expert lacks one of their tensors.
@@ -57,7 +57,9 @@ class ExpertTrajectories:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         keep_going: bool = False,
+        phases: Phases | None = None,
     ):
+        self._phases = phases or Phases()
         self._keep_going = keep_going
         self.left: dict[str, EPMQNumericalError] = {}
         self._experts = experts
@@ -76,7 +78,6 @@ class ExpertTrajectories:
         self._streams: list[dict[str, Tensor]] = []  # batch → tap → r_i: (B, S, d)
         self.taps: dict[str, str] = {}
         self._taps_of: str | None = None
-        self.seconds = 0.0
 
     # ---- what the merge asks for ---------------------------------------------------------------
 
@@ -93,18 +94,17 @@ class ExpertTrajectories:
         found = self._find(layer)
         if found is None:
             return False
-        start = time.perf_counter()
         stack, index = found
-        for earlier in self._skeleton.stacks:
-            if earlier is stack:
-                break
-            if earlier.is_read:
-                self._advance(earlier, len(earlier.layers))
-        self._advance(stack, index)
-        self._clear()
-        self._run(stack, index, capture=True)
+        with self._phases.measure("expert_forward"):
+            for earlier in self._skeleton.stacks:
+                if earlier is stack:
+                    break
+                if earlier.is_read:
+                    self._advance(earlier, len(earlier.layers))
+            self._advance(stack, index)
+            self._clear()
+            self._run(stack, index, capture=True)
         self._layer = layer
-        self.seconds += time.perf_counter() - start
         return True
 
     def inputs(self, linear: str, batch: int) -> Tensor | None:
@@ -156,7 +156,9 @@ class ExpertTrajectories:
             if expert in self.left:
                 continue
             batches = [b for b, owner in enumerate(self._plan.experts) if owner == expert]
-            self._fill(expert, stack, index, own)
+            with self._phases.measure("expert_reading"):
+                self._fill(expert, stack, index, own)
+            self._read_ahead(expert, stack, index)
             with self._walk.at(self._skeleton.stacks, stack, index) as run:
                 for batch in batches:
                     output = self._run_batch(stack, index, batch, run, capture)
@@ -169,6 +171,18 @@ class ExpertTrajectories:
         self._next[stack.path] = index + 1
         if index + 1 == len(stack.layers):
             self._walk.leave(stack)
+
+    def _read_ahead(self, expert: str, stack: LayerStack, index: int) -> None:
+        """While an expert runs a layer, have what comes after it read from disk."""
+        names = [name for name in self._names if name not in self.left]
+        place = names.index(expert) + 1
+        if place == len(names):
+            place, index = 0, index + 1
+        if index < len(stack.layers):
+            prefix = f"{stack.name(index)}."
+            self._experts.prefetch(
+                names[place], [name for name in self._linears if name.startswith(prefix)]
+            )
 
     def _run_batch(
         self,

@@ -59,12 +59,12 @@ class Weighting:
         """Whether every expert's sums are wanted apart from the others'."""
         return self.kind == "minmax"
 
-    def of(self, expert: str, H_i: torch.Tensor) -> float:
-        """β_i for the Gram ``H_i: (d, d)``."""
+    def of(self, expert: str, diagonal: torch.Tensor) -> float:
+        """β_i for a Gram H_i with the diagonal ``(d,)``."""
         w = self._given[expert]
         if self.kind == "token":
             return w * self._mean / self._tokens[expert]
         if self.kind == "trace":
-            trace = float(H_i.diagonal().sum(dtype=torch.float64))
-            return w * self._mean * H_i.shape[0] / trace if trace > 0 else 0.0
+            trace = float(diagonal.sum(dtype=torch.float64))
+            return w * self._mean * len(diagonal) / trace if trace > 0 else 0.0
         return w

@@ -1,8 +1,23 @@
-"""The updates ``H += Xᵀ X`` and ``C += Yᵀ X``: what every faster version must agree with."""
+"""The update ``H += Xᵀ X``: every input's Gram.
+
+``torch_gram_update`` specifies it; ``gram_update`` takes the fastest way that agrees with it.
+"""
 
 from __future__ import annotations
 
+import functools
+
 import torch
+
+from .race import TOLERANCE, fastest, has_triton
+
+# Rows of one product. Fewer would spend the time on reading and writing the sums (4 d² bytes each
+# way for 2 d² FLOP per row); of half-precision rows more would not do either, for tensor cores
+# truncate what they add up, and an fp32 sum must take over before that shows.
+ROWS = 2048
+# Columns of one block of the triangle at least, and blocks at most: with 8 blocks 9/16 of the
+# square are computed.
+_BLOCK, _BLOCKS = 96, 8
 
 
 def torch_gram_update(H: torch.Tensor, X: torch.Tensor) -> None:
@@ -19,12 +34,78 @@ def torch_gram_update(H: torch.Tensor, X: torch.Tensor) -> None:
     H.addmm_(X.t(), X)
 
 
-def torch_cross_update(C: torch.Tensor, Y: torch.Tensor, X: torch.Tensor) -> None:
-    """Add the products of two views of one batch, in place: ``C += Yᵀ X``.
+# ---- symmetric sums --------------------------------------------------------------------------
+
+
+def gram_update(H: torch.Tensor, X: torch.Tensor) -> None:
+    """``H += Xᵀ X`` for the upper triangle alone; :func:`mirror_` makes the other one of it.
 
     Args:
-        C: ``(k, d)`` fp32.
-        Y: ``(n, k)`` floating; one row per token.
-        X: ``(n, d)`` floating; the same tokens.
+        H: ``(d, d)`` fp32, of which only the diagonal and what is above it means anything.
+        X: ``(n, d)`` floating; one row per token, on the device of ``H``.
     """
-    C.addmm_(Y.to(torch.float32).t(), X.to(torch.float32))
+    for rows in X.split(ROWS):
+        if H.is_cuda:
+            _on_gpu(H.shape[0], X.dtype, H.device)(H, rows)
+        else:
+            triangle_update(H, rows)
+
+
+def triangle_update(H: torch.Tensor, X: torch.Tensor) -> None:
+    """:func:`gram_update` as products of column blocks, of which those below the diagonal are left
+    out."""
+    X = X.to(torch.float32)
+    for start, stop in _blocks(H.shape[0]):
+        H[start:stop, start:].addmm_(X[:, start:stop].t(), X[:, start:])
+
+
+def mirror_(H: torch.Tensor) -> torch.Tensor:
+    """Copy the upper triangle of ``H: (d, d)`` to the lower one, in place. Returns ``H``."""
+    for start, stop in _blocks(H.shape[0]):
+        block = H[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).t())
+        H[stop:, start:stop].copy_(H[start:stop, stop:].t())
+    return H
+
+
+def _blocks(columns: int) -> list[tuple[int, int]]:
+    size = max(_BLOCK, -(-columns // _BLOCKS))
+    return [(start, min(start + size, columns)) for start in range(0, columns, size)]
+
+
+# ---- GPUs --------------------------------------------------------------------------------------
+
+
+def mixed_gram_update(H: torch.Tensor, X: torch.Tensor) -> None:
+    """:func:`gram_update` of the whole square on tensor cores: half-precision products, which fp32
+    holds exactly, and an fp32 sum."""
+    torch.ops.aten.addmm.dtype_out(H, X.t(), X, torch.float32, out=H)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_gpu(columns: int, dtype: torch.dtype, device: torch.device):
+    if dtype not in (torch.float16, torch.bfloat16):
+        return triangle_update
+    ways = [mixed_gram_update, triangle_update]
+    if has_triton():
+        from .gram_triton import triton_gram_update
+
+        ways.insert(0, triton_gram_update)
+
+    def arguments(columns: int = columns, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+        X = torch.randn(rows, columns, device=device).to(dtype)
+        return torch.zeros(columns, columns, device=device), X
+
+    # A full chain of sums, and sizes that no tile divides.
+    odd = arguments(200, ROWS - 3)
+    return fastest(ways, arguments(), lambda way: gram_agrees(way, *odd), what="Grams")
+
+
+def gram_agrees(update, H: torch.Tensor, X: torch.Tensor) -> bool:
+    """Whether ``update`` gives the upper triangle of ``H + Xᵀ X``; ``H`` is written to."""
+    wide = X.double()
+    expected = H.double() + wide.T @ wide
+    update(H, X)
+    norm = wide.norm(dim=0)
+    wrong = (H.double() - expected).abs().triu()
+    return bool((wrong <= TOLERANCE * torch.outer(norm, norm)).all())

@@ -52,7 +52,8 @@ def test_layers_of_one_input_share_a_choice_that_is_best_on_held_out_rows(case, 
         layer, _, leaf = module.module.rpartition(".")
         key = layer, {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}.get(leaf, leaf[0:4])
         by_input.setdefault(key, []).append(module)
-        assert {float(alpha) for alpha in module.held_out} == set(GRID)
+        tried = {float(alpha) for alpha in module.held_out}
+        assert tried < set(GRID) and 4 <= len(tried) <= 5
         best = max(module.held_out, key=module.held_out.get)
         if module.target == "experts":
             assert module.alpha == float(best)

@@ -101,6 +101,21 @@ def resident() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile"))
 
 
+def test_reading_ahead_names_the_bytes_of_the_tensor(tmp_path, monkeypatch):
+    single(tmp_path)
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *call: asked.append(call))
+    checkpoint = Checkpoint(tmp_path, what="expert `math`")
+    for name, tensor in tensors().items():
+        checkpoint.prefetch(name)
+        _, start, length, advice = asked.pop()
+        written = (tmp_path / "model.safetensors").read_bytes()[start : start + length]
+        assert written == tensor.view(torch.uint8).numpy().tobytes()
+        assert advice == os.POSIX_FADV_WILLNEED
+    monkeypatch.delattr(os, "posix_fadvise")  # elsewhere than on Linux
+    checkpoint.prefetch("a.weight")
+
+
 def test_a_dtype_that_torch_does_not_know_is_named(tmp_path):
     shard = raw_shard(header("odd", "F6_E2M3", [4], 3), b"abc")
     (tmp_path / "model.safetensors").write_bytes(shard)

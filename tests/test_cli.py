@@ -84,7 +84,8 @@ def test_quantize_merges_quantizes_and_saves(recipe, tmp_path):
     out = tmp_path / "out"
     path = recipe(merged=None, merge={"method": "average"})
     # A process of its own: under pytest the host is quieter than it is for a user.
-    result = fresh("quantize", path, "--out", out, "--json", tmp_path / "report.json")
+    files = "--json", tmp_path / "report.json", "--profile", tmp_path / "profile.json"
+    result = fresh("quantize", path, "--out", out, *files)
     assert result.returncode == 0, result.stdout + result.stderr
 
     assert "rows        math: 8 of 12 (math.jsonl); code: 4 of 4 (code.txt)" in result.stdout
@@ -93,15 +94,18 @@ def test_quantize_merges_quantizes_and_saves(recipe, tmp_path):
     assert "model.layers.1.mlp.down_proj" in result.stdout
     assert "merge excess" in result.stdout
     assert "checkpoint  " in result.stdout and " in 7 files" in result.stdout
-    assert all(line[0] in "rmlqseco┏┃┡│├└" for line in result.stdout.splitlines())
+    assert all(line[0] in "rmlqsecop┏┃┡│├└" for line in result.stdout.splitlines())
     # How many depends on the machine.
     (line,) = result.stderr.splitlines()
     assert line.startswith("GPTQModel gave ") and line.endswith("; --verbose shows them.")
 
     # Nothing but what was asked for is left in the folder.
     left = {entry.name for entry in tmp_path.iterdir()}
-    assert left == {"code.txt", "math.jsonl", "recipe.yaml", "report.json", "out"}
+    assert left == {"code.txt", "math.jsonl", "recipe.yaml", "report.json", "profile.json", "out"}
 
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    assert set(profile) >= {"seconds", "phases", "peak_memory"} and profile["modules"] == 14
+    assert "spent " in result.stdout and "peak memory" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["cut_rows"] == {"math": 8, "code": 0}
     assert report["report"]["rows"] == {"math": 8, "code": 4}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import tiny
 import torch
@@ -60,6 +62,30 @@ def test_a_plain_gptq_config_runs_as_if_we_were_not_here(tmp_path, monkeypatch):
     one, other = stored(tmp_path / "with"), stored(tmp_path / "without")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+def test_triton_rounds_where_nvcc_is_missing_and_it_is_exact(compiled, exact, monkeypatch):
+    from gptqmodel.quantization import gptq_cuda
+
+    from epmq_gptq.kernels.rounding_triton import triton_block_update
+
+    hosts = gptq_cuda.gptq_block_update
+    monkeypatch.setattr(gptq_cuda, "block_update_available", lambda: compiled)
+    monkeypatch.setattr(host, "triton_rounds", lambda device: exact)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(ZeroDivisionError), host._fast_rounding("cuda:0"):
+            ours = not compiled and exact
+            assert gptq_cuda.gptq_block_update is (triton_block_update if ours else hosts)
+            assert gptq_cuda.block_update_available() is (compiled or exact)
+            raise ZeroDivisionError
+    told = [str(warning.message) for warning in caught]
+    assert bool(told) is (not compiled and not exact) and len(told) < 2
+    assert not told or "the same result, in more time" in told[0]
+    assert gptq_cuda.gptq_block_update is hosts
+    assert gptq_cuda.block_update_available() is compiled
 
 
 def test_quantizing_twice_is_refused(tmp_path):

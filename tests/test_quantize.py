@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from epmq_gptq import EPMQConfig
 from epmq_gptq.target import objective
+from epmq_gptq.task import EPMQ
 
 BITS, GROUP, ALPHA = 4, 32, 0.1
 
@@ -145,16 +146,14 @@ def test_shared_inputs_are_counted_and_factorised_once(case):
 
 
 def test_the_rounding_factorises_once_per_shared_input(case, tmp_path, monkeypatch):
-    from gptqmodel.quantization.gptq import GPTQ
-
     factorised = []
-    host_inverse = GPTQ.hessian_inverse
+    factor = EPMQ.hessian_inverse
 
     def counted(self, H):
         factorised.append(self.name)
-        return host_inverse(self, H)
+        return factor(self, H)
 
-    monkeypatch.setattr(GPTQ, "hessian_inverse", counted)
+    monkeypatch.setattr(EPMQ, "hessian_inverse", counted)
     config = EPMQConfig(
         profile="paper", bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA
     )

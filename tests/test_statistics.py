@@ -7,6 +7,7 @@ import torch
 
 from epmq_gptq.deltas import WeightDelta
 from epmq_gptq.errors import EPMQNumericalError
+from epmq_gptq.kernels.gram import ROWS
 from epmq_gptq.statistics import GroupStatistics, TargetForm, combined
 
 WIDTH, OUT = 12, {"q": 8, "k": 4}
@@ -95,17 +96,22 @@ def test_experts_equal_to_the_merge_leave_no_delta_at_all():
     assert float(counted.gram().diagonal().min()) > 0
 
 
-def test_buffers_do_not_grow_with_the_number_of_experts():
+@pytest.mark.parametrize("rows", [5, ROWS + 1])
+def test_buffers_do_not_grow_with_the_number_of_experts(rows):
     def floats(experts: int) -> int:
-        merged, weights, inputs = data(experts)
+        merged, weights, _ = data(experts)
         counted = statistics(merged, weights)
-        for expert, X in inputs.items():
-            counted.add(expert, X)
-        sums = [getattr(s, n) for s in (counted._current, counted._total) for n in s._TENSORS]
-        held = [*sums, *counted._deltas.values(), *counted._gaps.values()]
+        for expert in range(experts):
+            counted.add(f"e{expert}", torch.randn(rows - 1, WIDTH))
+            counted.add(f"e{expert}", torch.randn(1, WIDTH))
+        parts = [s for s in (counted._current, counted._total) if s is not None]
+        sums = [getattr(s, name) for s in parts for name in s._TENSORS]
+        held = [*sums, *counted._deltas.values(), *counted._gaps.values(), *counted._stage._room]
         return sum(t.numel() for t in held if t is not None)
 
-    assert floats(2) == floats(9) == 2 * WIDTH**2 + sum(OUT.values()) * WIDTH
+    sums = 2 if rows > ROWS else 1  # few rows have no Gram of their own
+    expected = sums * WIDTH**2 + sum(OUT.values()) * WIDTH + ROWS * WIDTH
+    assert floats(2) == floats(9) == expected
 
 
 def test_nothing_counted_gives_a_zero_gram_and_no_delta():

@@ -147,6 +147,31 @@ def test_memory_holds_one_layer_of_one_expert(tmp_path):
     assert not found._inputs and not found._streams
 
 
+def test_what_comes_next_is_read_ahead(tmp_path, monkeypatch):
+    merged, paths = tiny.family(tmp_path, experts=2)
+    rows = {name: tiny.rows(1, 12, seed=i) for i, name in enumerate(paths)}
+    found, linears = trajectories(merged, paths, rows)
+    done = []
+    monkeypatch.setattr(
+        Experts, "prefetch", lambda self, name, modules: done.append(("ahead", name, *modules))
+    )
+    fill = found._fill
+    monkeypatch.setattr(found, "_fill", lambda name, *rest: done.append(name) or fill(name, *rest))
+    found.enter("model.layers.0")
+    found.enter("model.layers.1")
+    layers = [[li.name for li in linears if f".{n}." in li.name] for n in (0, 1)]
+    first, second = paths
+    assert done == [
+        first,
+        ("ahead", second, *layers[0]),
+        second,
+        ("ahead", first, *layers[1]),
+        first,
+        ("ahead", second, *layers[1]),
+        second,
+    ]
+
+
 def test_the_head_is_in_no_layer(tmp_path):
     merged, paths = tiny.family(tmp_path, experts=1)
     found, _ = trajectories(merged, paths, {"expert0": tiny.rows(1, 12, seed=0)})

@@ -66,6 +66,13 @@ def quantize(
     json_report: Annotated[
         Path | None, typer.Option("--json", help="Write all numbers of the run to this file.")
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write seconds per phase and peak memory to this file, as JSON; on a GPU each "
+            "phase is waited for, which takes a little time."
+        ),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Show every layer, however many.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -76,6 +83,9 @@ def quantize(
         if json_report is not None:
             json_report = place(json_report)
             check_file(json_report, "--json")
+        if profile is not None:
+            profile = place(profile)
+            check_file(profile, "--profile")
         given = Given(
             experts=pairs(expert or [], "--expert"),
             base=base,
@@ -98,11 +108,15 @@ def quantize(
         from ..pipeline import RunOptions, quantize_recipe
 
         read = read_target(target, given, reporter)
-        result = quantize_recipe(read, RunOptions(out, overwrite, device, batch_size), reporter)
+        options = RunOptions(out, overwrite, device, batch_size, profile is not None)
+        result = quantize_recipe(read, options, reporter)
         print_summary(reporter.out, result.report, result.rows, full=full)
         print_checkpoint(reporter, out)
         if json_report is not None:
             _write_report(json_report, read, out, result, reporter)
+        if profile is not None:
+            profile.write_text(json.dumps(result.report.profile(), indent=2) + "\n", "utf-8")
+            reporter.step("profile", str(profile))
 
 
 def _write_report(

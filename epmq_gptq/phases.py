@@ -1,0 +1,128 @@
+"""Where the time and the memory of a run went, by phase."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+# In the order in which they come for one layer; "waiting" is what is left of the wall time.
+PHASES = (
+    "prepare",
+    "forward",
+    "expert_forward",
+    "expert_reading",
+    "gram",
+    "fold",
+    "alpha",
+    "solve",
+    "round",
+    "pack",
+    "waiting",
+)
+# What the host's own timer calls that of it which is not timed here.
+_HOST_FORWARD = ("capture_inputs", "pre_quant_forward", "post_quant_forward")
+_HOST_PACK = ("submodule_finalize",)
+
+
+_exact = contextvars.ContextVar("exact phases", default=False)
+
+
+@contextlib.contextmanager
+def exact_phases() -> Iterator[None]:
+    """Within: a GPU is waited for at both ends of a phase, so that seconds are those of its work.
+
+    Otherwise they are those of the host, which launches work and waits for it in a later phase.
+    """
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+class Phases:
+    """Seconds of each phase, each second counted once per thread.
+
+    A phase within another one takes its seconds from the outer one. Phases of several threads may
+    overlap, so their sum may be more than the wall time.
+
+    Args:
+        device: of the run; it matters within :func:`exact_phases` only.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        device = torch.device(device)
+        self._device = device if _exact.get() and device.type == "cuda" else None
+        self._lock = threading.Lock()
+        self._running = threading.local()
+        self.seconds: dict[str, float] = {}
+        self._in_hooks = 0.0
+
+    @contextlib.contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Count the time within as that of ``phase``."""
+        outer = getattr(self._running, "inner", None)
+        self._running.inner = 0.0
+        self._wait()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._wait()
+            spent = time.perf_counter() - start
+            own = spent - self._running.inner
+            self._running.inner = None if outer is None else outer + spent
+            self.add(phase, own)
+
+    @contextlib.contextmanager
+    def in_hook(self, phase: str) -> Iterator[None]:
+        """Like :meth:`measure`, within a forward pass, of which it is no part."""
+        start = time.perf_counter()
+        try:
+            with self.measure(phase):
+                yield
+        finally:
+            with self._lock:
+                self._in_hooks += time.perf_counter() - start
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere."""
+        with self._lock:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def _wait(self) -> None:
+        if self._device is not None:
+            torch.cuda.synchronize(self._device)
+
+    def result(
+        self, wall: float, host: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> dict[str, float]:
+        """Phase → seconds, in order, of a run of ``wall`` seconds.
+
+        Args:
+            host: what the host's region timer says: region → ``{"total": seconds}``.
+        """
+        regions = {name: float(entry["total"]) for name, entry in (host or {}).items()}
+        found = dict(self.seconds)
+        forward = sum(regions.get(name, 0.0) for name in _HOST_FORWARD)
+        found["forward"] = max(0.0, forward - self._in_hooks)
+        found["pack"] = sum(regions.get(name, 0.0) for name in _HOST_PACK)
+        found["waiting"] = max(0.0, wall - sum(found.values()))
+        return {name: found[name] for name in PHASES if name in found}
+
+
+def peak_memory(device: torch.device | str = "cpu") -> dict[str, int]:
+    """Bytes at the peak of the process so far, and of the GPU where ``device`` is one."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.max_memory_allocated(device)
+    return found
