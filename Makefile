@@ -7,14 +7,14 @@ READY := $(VENV)/.ready
 # Two OpenMP threads make GPTQ's column loop up to 10x slower on a busy machine.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test lint format test-serving bench bench-quality bench-ablation clean
+.PHONY: help venv demo test lint format test-serving bench-speed bench-quality bench-ablation clean
 
 help:
 	@echo "make demo          train, merge and quantize small experts; print one table"
 	@echo "make test          the tests (no network, CPU)"
 	@echo "make test-serving  serve an E-PMQ checkpoint with real vLLM on the CPU"
 	@echo "make lint          ruff"
-	@echo "make bench         benchmarks against stock GPTQModel"
+	@echo "make bench-speed   time and memory against stock GPTQModel (half an hour)"
 	@echo "make bench-ablation which part of E-PMQ pays: suites, mergers, bits, seeds (an hour)"
 	@echo "make bench-quality the quality tables of the three suites (CSV, Markdown, README)"
 
@@ -44,8 +44,8 @@ test-serving: venv
 	tests/serving/setup_env.sh
 	$(TEST_ENV) EPMQ_SERVING=1 $(BIN)/python -m pytest -q tests/serving $(ARGS)
 
-bench: venv
-	$(BIN)/python benchmarks/overhead.py $(ARGS)
+bench-speed: venv
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 bench-quality: venv
 	$(BIN)/python benchmarks/quality.py --refresh README.md $(ARGS)

@@ -6,12 +6,13 @@ refuses what could make it read outside its folder, and every pickle format (see
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import json
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,14 +156,56 @@ def check_folder(path: Path, *, what: str) -> None:
             read_json(path, name, what)
 
 
-@functools.lru_cache(maxsize=4096)
-def _file_digest(file: Path, size: int, changed_ns: int, inode: int) -> str:
-    # A merge and the quantization after it describe the same experts: tens of gigabytes.
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+# (file, bytes, time of change, inode) -> SHA-256. A merge and the quantization after it describe
+# the same experts: tens of gigabytes.
+_digests: dict[tuple[Path, int, int, int], str] = {}
+
+
+class _Stopped(Exception):
+    """Hashing was given up."""
+
+
+def _file_digest(file: Path, stop: threading.Event | None = None) -> str:
+    state = file.stat()
+    key = file, state.st_size, state.st_mtime_ns, state.st_ino
+    if key not in _digests:
+        digest = hashlib.sha256()
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                if stop is not None and stop.is_set():
+                    raise _Stopped
+                digest.update(block)
+        _digests[key] = digest.hexdigest()
+    return _digests[key]
+
+
+@contextlib.contextmanager
+def hashing_meanwhile(checkpoints: Iterable[Checkpoint]) -> Iterator[None]:
+    """Within: a thread hashes what a :meth:`Checkpoint.digest` will be asked of.
+
+    Hashing takes longer than quantizing on a GPU, and needs one core only. Whatever goes wrong
+    there is found again when a digest is asked for; on an exception the thread ends early.
+    """
+    stop = threading.Event()
+
+    def work() -> None:
+        for checkpoint in checkpoints:
+            try:
+                checkpoint.digest(stop)
+            except _Stopped:
+                return
+            except OSError:
+                continue
+
+    thread = threading.Thread(target=work, name="epmq-digests", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        thread.join()
 
 
 class Checkpoint:
@@ -391,13 +434,15 @@ class Checkpoint:
             return {}
         return read_json(self.path, "config.json", self.what)
 
-    def digest(self) -> str:
-        """SHA-256 over the shards, in order of their names: what the weights are, bit for bit."""
+    def digest(self, stop: threading.Event | None = None) -> str:
+        """SHA-256 over the shards, in order of their names: what the weights are, bit for bit.
+
+        Args:
+            stop: gives up, with an exception, once it is set.
+        """
         total = hashlib.sha256()
         for file in sorted({info.file for info in self._tensors.values()}):
-            real = (self.path / file).resolve()
-            state = real.stat()
-            shard = _file_digest(real, state.st_size, state.st_mtime_ns, state.st_ino)
+            shard = _file_digest((self.path / file).resolve(), stop)
             total.update(f"{file}:{shard};".encode())
         return total.hexdigest()
 

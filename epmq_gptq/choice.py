@@ -21,6 +21,8 @@ GRID = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 LEAST = 1e-6
 
 
+# How many of them are tried: every third, and two neighbours.
+MOST = len(GRID[1::3]) + 2
 # Outputs of each layer that α is chosen by, evenly spaced: the gain is a sum over outputs, all of
 # which see the same inputs, and where there are thousands some hundreds tell the same.
 OUTPUTS = 256

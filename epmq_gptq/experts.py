@@ -136,6 +136,12 @@ class Experts:
         """What an adapter changes; None for a whole model."""
         return self._experts[name].adapter
 
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every folder of weights that was opened, each once."""
+        adapters = (e.adapter.tensors for e in self._experts.values() if e.adapter is not None)
+        return [*self._stores.values(), *(a for a in adapters if isinstance(a, Checkpoint))]
+
     # ---- opening -----------------------------------------------------------------------------
 
     def _expert(self, spec: Any, what: str) -> Expert:
@@ -322,6 +328,18 @@ class Experts:
         for part, tensor in (update._asdict() if update is not None else {}).items():
             if tensor is not None:
                 check_finite(tensor, f"expert `{name}`: LoRA `{part}` of `{module}`", **place)
+
+    def release(self, name: str) -> None:
+        """Unmap what one expert's weights were read from; a later read maps it again.
+
+        Pages of a mapped file count as memory of the process for as long as the mapping stands, so
+        that of all experts would grow to their size.
+        """
+        expert = self._experts[name]
+        for store in (expert.store, expert.adapter.tensors if expert.adapter else None):
+            if isinstance(store, Checkpoint):
+                with self._lock:
+                    store.close()
 
     def close(self) -> None:
         """Release the memory-mapped shards."""

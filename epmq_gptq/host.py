@@ -27,7 +27,7 @@ from gptqmodel.quantization import gptq_cuda
 from gptqmodel.quantization.gptq import GPTQ, SharedHessianFactorCache
 from gptqmodel.utils.structure import LazyTurtle
 
-from .checkpoints import Checkpoint, check_folder, resolve_source
+from .checkpoints import Checkpoint, check_folder, hashing_meanwhile, resolve_source
 from .config import EPMQConfig
 from .errors import EPMQHostError, EPMQInputError, EPMQWarning
 from .experts import Experts
@@ -311,7 +311,8 @@ def quantize_with_experts(
     )
     phases.add("prepare", time.perf_counter() - start)
     try:
-        log = _loop(model, processor, backend, device)
+        with hashing_meanwhile([merged, *experts.checkpoints]):
+            log = _loop(model, processor, backend, device)
     finally:
         experts.close()
         if trajectories is not None:

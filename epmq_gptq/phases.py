@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import resource
+import re
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,8 +122,19 @@ class Phases:
 
 def peak_memory(device: torch.device | str = "cpu") -> dict[str, int]:
     """Bytes at the peak of the process so far, and of the GPU where ``device`` is one."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    found = {"process": _peak_of_process()}
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.max_memory_allocated(device)
     return found
+
+
+def _peak_of_process() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.M)[1]) * 1024
+    except (OSError, TypeError):
+        # Elsewhere than on Linux, where this would count what the parent had before it forked.
+        import resource
+
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -293,6 +293,7 @@ class EPMQProcessor(GPTQProcessor):
         def delta(member: str, expert: str) -> WeightDelta | None:
             task = tasks[member]
             difference = self.experts.delta(expert, member, task.merged_weight(device))
+            self.experts.release(expert)
             # One reduction and one wait for two questions; who is to blame is asked only after.
             size = difference.size()
             if not math.isfinite(size):

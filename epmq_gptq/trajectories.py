@@ -284,6 +284,7 @@ class ExpertTrajectories:
         outer = self._skeleton.outer(embeddings=index == 0)
         for parameter in [*outer, *own]:
             self._skeleton.put(parameter, self._read(expert, parameter))
+        self._experts.release(expert)
 
     def _read(self, expert: str, parameter: str) -> Tensor:
         linear = self._linears.get(parameter.removesuffix(".weight"))

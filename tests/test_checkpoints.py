@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,54 @@ def resident() -> int:
     """Bytes of mapped files that this process has in memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile"))
+
+
+def hashing_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "epmq-digests"]
+
+
+def test_digests_are_made_meanwhile(tmp_path, monkeypatch):
+    one, other = (Checkpoint(single(tmp_path / name), what=name) for name in ("one", "other"))
+    with checkpoints.hashing_meanwhile([one, other]):
+        pass
+    assert not hashing_threads()
+    opened = []
+    monkeypatch.setattr("builtins.open", lambda *call, **how: opened.append(call))
+    assert one.digest() and other.digest() and not opened
+
+
+def test_hashing_ends_with_what_it_ran_beside_and_finds_no_fault(tmp_path, monkeypatch):
+    checkpoint = Checkpoint(single(tmp_path / "one"), what="one")
+    gone = Checkpoint(single(tmp_path / "gone"), what="gone")
+    (tmp_path / "gone" / "model.safetensors").unlink()
+    with checkpoints.hashing_meanwhile([gone, checkpoint]):  # reading fails, nothing is said
+        pass
+    begun = threading.Event()
+
+    class Endless:
+        """A shard that never ends."""
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read(self, size):
+            begun.set()
+            return b"x"
+
+    other = Checkpoint(single(tmp_path / "other"), what="other")
+    monkeypatch.setattr(checkpoints, "open", Endless, raising=False)
+    with pytest.raises(ZeroDivisionError), checkpoints.hashing_meanwhile([other]):
+        begun.wait(10)
+        raise ZeroDivisionError
+    assert not hashing_threads()
+    monkeypatch.undo()
+    assert other.digest() == Checkpoint(tmp_path / "one", what="x").digest()
 
 
 def test_reading_ahead_names_the_bytes_of_the_tensor(tmp_path, monkeypatch):

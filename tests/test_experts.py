@@ -1,5 +1,7 @@
 """Experts are checked from headers, and their weights are read one at a time."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -33,6 +35,23 @@ def test_a_weight_is_found_under_the_name_it_is_stored_by(tmp_path):
     for name in ("plain", "renamed"):
         delta = experts.delta(name, "layer.proj", torch.ones(2, 3))
         assert torch.equal(delta.dense, weights - 1) and delta.low_rank is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+def test_a_released_expert_is_mapped_no_more_and_can_be_read_again(tmp_path):
+    weights = torch.arange(6.0).reshape(2, 3)
+    folder = expert(tmp_path / "a", {"layer.proj.weight": weights})
+    experts = Experts({"x": folder})
+    experts.bind([LINEAR])
+
+    def is_mapped():
+        return f"{folder}/model.safetensors" in Path("/proc/self/maps").read_text()
+
+    for _ in range(2):
+        delta = experts.delta("x", "layer.proj", torch.ones(2, 3))
+        assert is_mapped()
+        experts.release("x")
+        assert not is_mapped() and torch.equal(delta.dense, weights - 1)
 
 
 def test_every_misfit_of_an_expert_is_listed_up_to_twenty(tmp_path):

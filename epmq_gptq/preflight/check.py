@@ -239,6 +239,9 @@ def _weights(
         vectors.add(blocks)
         for name, W in blocks.items():
             finite.add(name, rows, W)
+        del blocks
+        for name in experts.names:
+            experts.release(name)
     result.similarity = vectors.to_dict()
     result.add(judge(result.similarity, experts.names))
     if full:

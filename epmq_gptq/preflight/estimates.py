@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..choice import GRID
+from ..choice import MOST, OUTPUTS
+from ..kernels.gram import ROWS
 from ..linears import Linear, resolve
 from .serving import Export
 
@@ -98,9 +99,9 @@ def memory(
 ) -> dict[str, int]:
     """Bytes at the peak, on the device and the host together.
 
-    The model as it is loaded; two Grams and the factor of every shared input of the widest group,
-    one D per layer of it, the merged and the target weight of its largest layer; the inputs of the
-    current layer and its outputs for all tokens.
+    The model as it is loaded; two Grams, some rows and the factor of every shared input of the
+    widest group, one D per layer of it, the merged and the target weight of its largest layer; the
+    inputs of the current layer and its outputs for all tokens.
 
     Args:
         runs_experts: the experts' own inputs of all linear layers of one layer are held as well,
@@ -114,6 +115,7 @@ def memory(
         d = members[0].inputs
         inputs = len({li.name.rpartition(".")[0] for li in members})
         sums = (4 if runs_experts else 2) * inputs * d * d + sum(li.outputs * d for li in members)
+        sums += (2 if runs_experts else 1) * inputs * min(ROWS, tokens) * d
         held = (2 if chooses_alpha else 1) * sums + d * d
         held += 3 * max(li.outputs * d for li in members)
         statistics = max(statistics, held * FP32)
@@ -159,7 +161,6 @@ def flops(
     chooses_alpha: bool = False,
 ) -> dict[str, float]:
     """Floating-point operations of every phase; tokens of all experts together."""
-    solves = 1 + len(GRID) if chooses_alpha else 1
     forward = gram = fold = solve = 0.0
     for members in groups(linears).values():
         d = members[0].inputs
@@ -167,9 +168,14 @@ def flops(
         inputs = len({li.name.rpartition(".")[0] for li in members})
         reached = tokens * (shares.get(d, 1.0) if inputs > 1 else 1.0)
         forward += PASSES * 2 * reached * d * outputs
-        gram += 2 * reached * d * d * inputs
+        # Of the triangle; the cross moments of the experts' passes are whole.
+        gram += 9 / 8 * reached * d * d * inputs
         fold += 2 * experts * outputs * d * d
-        solve += 4 / 3 * d**3 * inputs + solves * (d**3 / 3 * inputs + 3 * outputs * d * d)
+        # A factor for the rounding, one for the target, and the target.
+        solve += (1 + 1 / 3) * d**3 * inputs + 2 * outputs * d * d
+        if chooses_alpha:
+            looked_at = sum(min(li.outputs, OUTPUTS) for li in members)
+            solve += MOST * (d**3 / 3 * inputs + 4 * looked_at * d * d)
         if runs_experts:
             forward += 2 * reached * d * outputs
             gram += 2 * reached * d * d * inputs

@@ -1,0 +1,91 @@
+"""The GPU kernels against what they replace: time, share of the measured peak, error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from epmq_gptq.kernels.factor import inverse_factor, torch_inverse_factor
+from epmq_gptq.kernels.gram import ROWS, mixed_gram_update, torch_gram_update, triangle_update
+from epmq_gptq.kernels.product import split_product_update, torch_product_update
+from epmq_gptq.kernels.race import gpu_seconds, has_triton
+
+WIDTHS = (768, 1024, 3072, 4096, 14336)
+# Of float64 sums; larger ones take minutes.
+_CHECKED = 4096
+
+
+def _error(update: Callable, X: torch.Tensor) -> float | None:
+    """Largest |H − float64| over sqrt(h_ii h_jj)."""
+    d = X.shape[1]
+    if d > _CHECKED:
+        return None
+    H = torch.zeros(d, d, device=X.device)
+    update(H, X)
+    wide = X.double()
+    norm = wide.norm(dim=0)
+    return float(((H - wide.T @ wide).abs().triu() / torch.outer(norm, norm)).max())
+
+
+def table(device: str = "cuda") -> str:
+    """Markdown of all kernels and widths on this GPU."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    A = torch.randn(8192, 8192, device=device).bfloat16()
+    peak = 2 * 8192**3 / gpu_seconds(torch.matmul, (A, A))
+    grams = {
+        "Gram, fp32 (stock)": torch_gram_update,
+        "Gram, fp32 triangle": triangle_update,
+        "Gram, half with fp32 sums": mixed_gram_update,
+    }
+    if has_triton():
+        from epmq_gptq.kernels.gram_triton import triton_gram_update
+
+        grams["Gram, Triton triangle"] = triton_gram_update
+    lines = [
+        f"{torch.cuda.get_device_name(device)}; bf16 product of 8192³: {peak / 1e12:.0f} TFLOP/s",
+        "",
+        "| kernel | d | ms | TFLOP/s | % of that peak | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for d in WIDTHS:
+        X = torch.randn(ROWS, d, device=device).bfloat16()
+        H = torch.zeros(d, d, device=device)
+        for name, update in grams.items():
+            lines.append(_row(name, d, update, (H, X), 2 * ROWS * d * d, peak, _error(update, X)))
+        W, G = torch.randn(min(d, 4096), d, device=device), torch.randn(d, d, device=device)
+        D = torch.zeros_like(W)
+        for name, update in (
+            ("ΔW H, fp32", torch_product_update),
+            ("ΔW H, split bf16", split_product_update),
+        ):
+            lines.append(_row(name, d, update, (D, W, G), 2 * W.numel() * d, peak, None))
+        X = X.float()
+        spread = torch.addmm(torch.eye(d, device=device), X.T, X, alpha=1 / ROWS)
+        for name, factor in (
+            ("factor of the inverse, stock", torch_inverse_factor),
+            ("factor of the inverse, flipped", inverse_factor),
+        ):
+            lines.append(_row(name, d, factor, (spread,), 4 / 3 * d**3, peak, None))
+    return "\n".join(lines) + "\n"
+
+
+def _row(
+    name: str,
+    d: int,
+    update: Callable,
+    arguments: tuple,
+    work: float,
+    peak: float,
+    error: float | None,
+) -> str:
+    try:
+        seconds = gpu_seconds(update, arguments)
+    except RuntimeError as missing:
+        return f"| {name} | {d} | {str(missing).splitlines()[0]} | | | |"
+    rate = work / seconds
+    told = "" if error is None else f"{error:.1e}"
+    return (
+        f"| {name} | {d} | {seconds * 1e3:.2f} | {rate / 1e12:.1f} | {100 * rate / peak:.0f} "
+        f"| {told} |"
+    )
