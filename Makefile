@@ -14,7 +14,7 @@ help:
 	@echo "make test          the tests (no network, CPU)"
 	@echo "make test-serving  serve an E-PMQ checkpoint with real vLLM on the CPU"
 	@echo "make lint          ruff"
-	@echo "make bench-speed   time and memory against stock GPTQModel (half an hour)"
+	@echo "make bench-speed   time and memory against stock GPTQModel (40 minutes)"
 	@echo "make bench-ablation which part of E-PMQ pays: suites, mergers, bits, seeds (an hour)"
 	@echo "make bench-quality the quality tables of the three suites (CSV, Markdown, README)"
 

@@ -479,6 +479,7 @@ class GroupStatistics:
         for expert, tokens in other.tokens.items():
             self.tokens[expert] = self.tokens.get(expert, 0) + tokens
         self.folds += other.folds
+        other._stage = None
         other._total, other._deltas, other._outputs = _Sums(), {}, {}
         other.tokens, other._folded = {}, set()
 
@@ -498,6 +499,7 @@ class GroupStatistics:
     def gram(self) -> torch.Tensor:
         """``H: (d, d)`` fp32, zero where nothing was counted. The statistics give it away."""
         self.fold()
+        self._stage = None  # room that is not needed any more
         total, self._total.H = self._total.H, None
         return self._zeros(self.columns, self.columns) if total is None else mirror_(total)
 

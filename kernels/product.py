@@ -1,6 +1,6 @@
 """The update ``D += A B`` in fp32: cross moments, and ``(W_i − W_m) H_i`` in every fold.
 
-``torch_product_update`` specifies it; ``product_update`` takes the fastest way that agrees with it.
+``torch_product_update`` specifies it; ``product_update`` is the fastest way that agrees with it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import functools
 
 import torch
 
+from .exact import TOLERANCE, first_exact, random
 from .gram import ROWS
-from .race import TOLERANCE, fastest
 
 # Halves that an fp32 number is split into: 8 bits each hold all 24 of its mantissa.
 _PARTS = 3
+# Smallest side of a product that is split: the parts have to be made first.
+_WORTH_IT = 256
 
 
 def torch_product_update(
@@ -32,8 +34,10 @@ def torch_product_update(
 
 def product_update(D: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float = 1.0) -> None:
     """:func:`torch_product_update`, on tensor cores where that is as exact and faster."""
-    way = _on_gpu(*D.shape, A.shape[1], A.dtype, B.dtype, D.device) if D.is_cuda else None
-    (way or torch_product_update)(D, A, B, alpha)
+    way = torch_product_update
+    if D.is_cuda and min(*D.shape, A.shape[1]) >= _WORTH_IT:
+        way = _on_gpu(A.dtype, B.dtype, D.device)
+    way(D, A, B, alpha)
 
 
 def cross_update(C: torch.Tensor, Y: torch.Tensor, X: torch.Tensor) -> None:
@@ -82,29 +86,15 @@ def _mixed_product_update(D: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alp
     torch.ops.aten.addmm.dtype_out(D, A, B, torch.float32, alpha=alpha, out=D)
 
 
-@functools.lru_cache(maxsize=64)
-def _on_gpu(
-    rows: int,
-    columns: int,
-    depth: int,
-    left: torch.dtype,
-    right: torch.dtype,
-    device: torch.device,
-):
-    if not rows or not columns or depth < 256:
-        return torch_product_update  # nothing to win
-
-    def arguments(rows: int, columns: int, depth: int) -> tuple[torch.Tensor, ...]:
-        A = torch.randn(rows, depth, device=device).to(left)
-        B = torch.randn(depth, columns, device=device).to(right)
-        return torch.zeros(rows, columns, device=device), A, B
-
-    ways = [split_product_update, torch_product_update]
-    odd = arguments(200, 120, 333)
-    return fastest(
-        ways,
-        arguments(rows, columns, depth),
-        lambda way: product_agrees(way, *odd),
+@functools.cache
+def _on_gpu(left: torch.dtype, right: torch.dtype, device: torch.device):
+    A = random(200, ROWS - 3, device=device).to(left)
+    B = random(ROWS - 3, 120, device=device, seed=1).to(right)
+    D = random(200, 120, device=device, seed=2)
+    return first_exact(
+        [split_product_update],
+        torch_product_update,
+        lambda way: product_agrees(way, D.clone(), A, B),
         what="products",
     )
 

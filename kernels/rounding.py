@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from .race import has_triton
+from .exact import has_triton
 
 WIDTH = 128
 

@@ -6,13 +6,16 @@ import functools
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from epmq_gptq.kernels import race
+from epmq_gptq.errors import EPMQWarning
+from epmq_gptq.kernels import gram
+from epmq_gptq.kernels.exact import first_exact
 from epmq_gptq.kernels.factor import inverse_factor, torch_inverse_factor
 from epmq_gptq.kernels.gram import (
     ROWS,
@@ -201,20 +204,17 @@ def test_mixed_gram_is_exact_on_this_gpu(dtype):
 # ---- which kernel ------------------------------------------------------------------------------
 
 
-def test_the_fastest_kernel_that_agrees_is_taken():
+def test_the_first_kernel_that_is_exact_is_taken():
     def wrong(x):
         x += 2
 
     def missing(x):
         raise RuntimeError("no such operator")
 
-    def slow(x):
+    def right(x):
         x += 1
 
-    def quick(x):
-        x += 1
-
-    def reference(x):
+    def also(x):
         x += 1
 
     def agrees(way):
@@ -222,15 +222,27 @@ def test_the_fastest_kernel_that_agrees_is_taken():
         way(x)
         return float(x) == 1
 
-    times = {wrong: 0.1, quick: 1.0, slow: 2.0, reference: 3.0}
-    arguments = (torch.zeros(1),)
-    options = dict(what="tests", seconds=lambda way, _: times[way])
-    ways = [wrong, missing, slow, quick, reference]
-    assert race.fastest(ways, arguments, agrees, **options) is quick
-    times[reference] = 0.5
-    assert race.fastest(ways, arguments, agrees, **options) is reference
-    with pytest.warns(UserWarning, match="no fast kernel for tests is exact"):
-        assert race.fastest([wrong, missing, reference], arguments, agrees, **options) is reference
+    assert first_exact([wrong, missing, right, also], wrong, agrees, what="tests") is right
+    with pytest.warns(EPMQWarning, match="no fast kernel for tests is exact"):
+        assert first_exact([wrong, missing], also, agrees, what="tests") is also
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_choice_is_checked_and_leaves_the_users_generator_alone(dtype, monkeypatch):
+    """As on a GPU, where torch has the product of halves; here it is missing."""
+    gram._on_gpu.cache_clear()
+    monkeypatch.setattr(gram, "has_triton", lambda: False)
+    state = torch.get_rng_state()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert gram._on_gpu(dtype, torch.device("cpu")) is gram.triangle_update
+    assert len(caught) == (dtype != torch.float32)
+    monkeypatch.setattr(gram, "mixed_gram_update", torch_gram_update)
+    gram._on_gpu.cache_clear()
+    chosen = gram._on_gpu(dtype, torch.device("cpu"))
+    assert chosen is (torch_gram_update if dtype != torch.float32 else gram.triangle_update)
+    gram._on_gpu.cache_clear()
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_the_folder_never_shadows_the_package_kernels():

@@ -94,10 +94,9 @@ def test_a_run_reports_phases_that_fill_its_time(tmp_path):
     report = model.quantize(rows, batch_size=2)["epmq"]
     assert list(report.phases) == list(PHASES)
     assert all(seconds >= 0 for seconds in report.phases.values())
-    working = sum(report.phases.values()) - report.phases["waiting"]
     assert min(report.phases[name] for name in ("forward", "gram", "fold", "solve", "round")) > 0
-    # Rounding and packing run beside the rest.
-    assert 0.5 * report.seconds < working < 2 * report.seconds
+    # More than the wall time only where threads ran at once; what no phase names is waiting.
+    assert sum(report.phases.values()) >= 0.999 * report.seconds
     assert report.peak_memory["process"] == peak_memory()["process"] > 10**8
     profile = json.loads(json.dumps(report.profile()))
     assert profile["phases"] == report.phases and profile["experts"] == 2

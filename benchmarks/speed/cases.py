@@ -78,7 +78,7 @@ class Shape:
 SHAPES = {
     "llama-256": Shape("llama", 256, 512, 2, 64),
     "llama-512": Shape("llama", 512, 2048, 2, 256),
-    "llama-1024": Shape("llama", 1024, 2816, 2, 256),
+    "llama-1024": Shape("llama", 1024, 2816, 1, 256),
     # 17 tokens of an image of 32 pixels in patches of 8, the class token with them.
     "clip-384": Shape("clip", 384, 1536, 4, 17, batch=64),
     "llama-8b": Shape("llama", 4096, 14336, 2, 512, 32, 8, "cuda", "bfloat16"),

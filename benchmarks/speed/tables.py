@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,16 @@ def ratio_table(runs: Runs) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, found in runs.items():
+        # What is read cold is compared with the same case's warm runs of the others.
+        beside = dict(runs.get(dataclasses.replace(case, cold=False), {})) | found
         for name, one in found.items():
             seconds = np.median([run["seconds"] for run in one])
-            fast = ratios(found, name, "fast")
+            fast = ratios(beside, name, "fast")
             honest = f"{np.median(fast):.2f}" if fast and name != "fast" else ""
             lines.append(
                 f"| {case.name} | {case.experts} | {case.tokens:,} "
                 f"| {'cold' if case.cold else 'warm'} | {name} | {seconds:.1f} "
-                f"| {quantiles(ratios(found, name, 'gptq'))} | {honest} |"
+                f"| {quantiles(ratios(beside, name, 'gptq'))} | {honest} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -98,10 +98,10 @@ def test_tables_and_chart_of_known_figures(tmp_path):
         }
         for K in (2, 8)
     }
-    runs[Case("llama-256", 8, 2048, cold=True)] = {"gptq": [figures(99.0)]}
+    runs[Case("llama-256", 8, 2048, cold=True)] = {"paper": [figures(25.0)]}
     text = tables.ratio_table(runs)
     assert "| llama-256 | 8 | 2,048 | warm | paper | 18.0 | 1.80 | 1.80 | 1.80 | 2.25 |" in text
-    assert "| llama-256 | 8 | 2,048 | cold | gptq | 99.0 |" in text
+    assert "| llama-256 | 8 | 2,048 | cold | paper | 25.0 | 2.50 | 2.50 | 2.50 | 3.12 |" in text
     header, rule, *lines = tables.phase_table(runs).splitlines()
     assert len(lines) == 4 and {line.count("|") for line in (header, rule, *lines)} == {16}
     assert "| 2 | 2,048 | paper | 3.00 | 0.00 | 0.00 | 0.00 | 0.25 |" in "\n".join(lines)
