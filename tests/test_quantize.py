@@ -14,7 +14,9 @@ from gptqmodel.quantization.gar import (
 from judge import codes, dequantized, gptq64, linear_inputs, stored
 from safetensors.torch import load_file
 
-from epmq_gptq import EPMQConfig
+from epmq_gptq import EPMQConfig, statistics, task
+from epmq_gptq.kernels.factor import torch_inverse_factor
+from epmq_gptq.kernels.gram import torch_gram_update
 from epmq_gptq.target import objective
 from epmq_gptq.task import EPMQ
 
@@ -159,6 +161,24 @@ def test_the_rounding_factorises_once_per_shared_input(case, tmp_path, monkeypat
     )
     run(case.merged, config, case.rows, tmp_path / "out")
     assert len(factorised) == 2 * 4  # qkv, o, gate and up, down
+
+
+@pytest.mark.parametrize("profile", ["paper", "best"])
+def test_what_is_fast_gives_the_codes_and_the_objective_of_what_is_plain(
+    profile, case, tmp_path, monkeypatch
+):
+    """One product per batch, whole Grams, every expert folded by its Gram, the host's factor."""
+    options = dict(profile=profile, bits=BITS, group_size=GROUP, experts=case.experts, alpha=ALPHA)
+    result = run(case.merged, EPMQConfig(**options), case.rows, tmp_path / "fast")
+    assert any(module.target == "experts" for module in result["epmq"].modules)
+    monkeypatch.setattr(statistics, "ROWS", 1)
+    monkeypatch.setattr(statistics, "gram_update", torch_gram_update)
+    monkeypatch.setattr(task, "inverse_factor", torch_inverse_factor)
+    plain = run(case.merged, EPMQConfig(**options), case.rows, tmp_path / "plain")
+    assert differing(tmp_path / "fast", tmp_path / "plain") < 1e-3
+    for one, other in zip(result["epmq"].modules, plain["epmq"].modules, strict=True):
+        assert one.excess == pytest.approx(other.excess, rel=1e-4)
+        assert one.merge_excess == pytest.approx(other.merge_excess, rel=1e-4)
 
 
 def test_without_sharing_the_result_is_the_same_bit_for_bit(case, tmp_path):

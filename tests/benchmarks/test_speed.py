@@ -133,3 +133,29 @@ def test_one_real_run_of_each_quantizer_ends_in_figures(command, tmp_path):
     assert found["best"]["phases"]["expert_forward"] > 0
     assert "expert_forward" not in found["fast"]["phases"]
     assert len(found["gptq"]["losses"]) == len(found["fast"]["losses"]) == 14
+
+
+def test_the_kernel_tables_are_ready_for_a_gpu(monkeypatch):
+    """Everything but the GPU: what a CPU lacks is a row that says so, not the end of the table."""
+    from speed import kernels
+
+    def seconds(work, arguments):
+        if all(t.numel() < 10**6 for t in arguments if hasattr(t, "numel")):
+            work(*arguments)
+        return 1e-3
+
+    monkeypatch.setattr(kernels, "WIDTHS", (64,))
+    monkeypatch.setattr(kernels, "gpu_seconds", seconds)
+    monkeypatch.setattr(kernels.torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)  # its interpreter has no bfloat16
+    lines = kernels.table("cpu").splitlines()
+    grams = [line for line in lines if line.startswith("| Gram")]
+    assert [line.split("|")[1].strip() for line in grams[:3]] == [
+        "Gram, fp32 (stock)",
+        "Gram, fp32 triangle",
+        "Gram, half with fp32 sums",
+    ]
+    assert float(grams[0].split("|")[6]) < 4e-6 and "| 0.0 | 0 |" not in grams[2]
+    missing = [line for line in lines if "addmm" in line or "not implemented" in line.lower()]
+    assert len(missing) == 2
+    assert any(line == "| torch operations | 1.00 | True |" for line in lines)
