@@ -183,8 +183,8 @@ def _file_digest(file: Path, stop: threading.Event | None = None) -> str:
 def hashing_meanwhile(checkpoints: Iterable[Checkpoint]) -> Iterator[None]:
     """Within: a thread hashes what a :meth:`Checkpoint.digest` will be asked of.
 
-    Hashing takes longer than quantizing on a GPU, and needs one core only. Whatever goes wrong
-    there is found again when a digest is asked for; on an exception the thread ends early.
+    It reads every byte of every model and keeps one core busy. Whatever goes wrong there is found
+    again when a digest is asked for; on an exception the thread ends early.
     """
     stop = threading.Event()
 

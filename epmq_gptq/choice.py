@@ -74,7 +74,8 @@ def choose_alpha(
             alpha = grid[place]
             if alpha not in gains:
                 gains[alpha] = sum(judge.gain(alpha, anchor, least) for judge in judges)
-        return max(places, key=lambda place: gains[grid[place]])
+        # Where none can be solved, a stronger anchor is more likely to help.
+        return max(places, key=lambda place: (gains[grid[place]], place))
 
     coarse = look(range(min(1, len(grid) - 1), len(grid), 3))
     best = look([p for p in (coarse, coarse - 1, coarse + 1) if 0 <= p < len(grid)])

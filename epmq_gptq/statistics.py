@@ -30,6 +30,7 @@ from .errors import EPMQInputError, EPMQNumericalError
 from .kernels.gram import ROWS, gram_update, mirror_
 from .kernels.product import cross_update, product_update
 from .phases import Phases
+from .staging import Rows, Stage
 
 # (member, expert) -> W_expert − W_m of that member, or None where it is exactly zero.
 ReadDelta = Callable[[str, str], WeightDelta | None]
@@ -113,7 +114,7 @@ class _Sums:
 
     _TENSORS = ("H", "C", "s", "t")
 
-    def add(self, rows: _Rows, *, vectors: bool) -> None:
+    def add(self, rows: Rows, *, vectors: bool) -> None:
         """Count rows.
 
         Args:
@@ -146,71 +147,6 @@ class _Sums:
         for name in self._TENSORS:
             setattr(self, name, _sum(getattr(self, name), getattr(other, name), device))
         self.count += other.count
-
-
-class _Rows(NamedTuple):
-    """Rows of one expert.
-
-    Attributes:
-        X: ``(n, d)`` inputs.
-        ahead: ``(n, d)`` fp32 z − x, or None.
-        gaps: member → ``(n, out)`` fp32 r_i − r.
-    """
-
-    X: torch.Tensor
-    ahead: torch.Tensor | None
-    gaps: dict[str, torch.Tensor]
-
-    @property
-    def kinds(self) -> tuple:
-        """What else than X there is, and of what dtype X is: rows of one kind can be joined."""
-        return self.X.dtype, self.ahead is None, tuple(self.gaps)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All of them, in order."""
-        ahead = [] if self.ahead is None else [self.ahead]
-        return [self.X, *ahead, *self.gaps.values()]
-
-    def of(self, tensors: Sequence[torch.Tensor]) -> _Rows:
-        """Rows of the same kind from :meth:`tensors`."""
-        X, *others = tensors
-        ahead = None if self.ahead is None else others.pop(0)
-        return _Rows(X, ahead, dict(zip(self.gaps, others, strict=True)))
-
-    def moved(self, eta: float) -> torch.Tensor:
-        """``(n, d)`` fp32 x + η (z − x)."""
-        X = self.X.to(torch.float32)
-        return X if self.ahead is None else torch.add(X, self.ahead, alpha=eta)
-
-
-class _Stage:
-    """Room for :data:`~epmq_gptq.kernels.gram.ROWS` rows, so that products are of many rows.
-
-    Batches of one sequence would read and write all sums for every few hundred rows.
-    """
-
-    def __init__(self, like: _Rows):
-        self.kinds = like.kinds
-        self._room = [tensor.new_empty((ROWS, tensor.shape[1])) for tensor in like.tensors()]
-        self._like = like.of([tensor[:0] for tensor in like.tensors()])
-        self.count = 0
-
-    def fits(self, rows: _Rows) -> bool:
-        """Whether they can be added."""
-        return rows.kinds == self.kinds and self.count + len(rows.X) <= ROWS
-
-    def add(self, rows: _Rows) -> None:
-        """Copy them: whoever gave them may write to them again."""
-        stop = self.count + len(rows.X)
-        for room, tensor in zip(self._room, rows.tensors(), strict=True):
-            room[self.count : stop].copy_(tensor)
-        self.count = stop
-
-    def take(self) -> _Rows:
-        """What is there; the room is empty then, and may be written to once that was used."""
-        rows = self._like.of([room[: self.count] for room in self._room])
-        self.count = 0
-        return rows
 
 
 def _sum(
@@ -272,7 +208,7 @@ class GroupStatistics:
         self._phases = phases or Phases()
         self._folded: set[str] = set()
         self._expert: str | None = None
-        self._stage: _Stage | None = None  # rows of the current expert that are in no sum yet
+        self._stage: Stage | None = None  # rows of the current expert that are in no sum yet
         self._current: _Sums | None = None  # of the current expert, once its rows fill the stage
         self._gaps: dict[str, torch.Tensor] = {}  # member -> E_i of the current expert
         self._gap_sums: dict[str, torch.Tensor] = {}  # member -> Σ (r_i − r) of it
@@ -309,7 +245,7 @@ class GroupStatistics:
         # The difference first: H_i would cancel most of Σ z xᵀ.
         ahead = Z.to(torch.float32) - X if own else None
         known = gaps or {} if self.form.rho else {}
-        rows = _Rows(X, ahead, {name: gap.to(torch.float32) for name, gap in known.items()})
+        rows = Rows(X, ahead, {name: gap.to(torch.float32) for name, gap in known.items()})
         self.tokens[expert] = self.tokens.get(expert, 0) + len(X)
         stage = self._stage
         if stage is not None and not stage.fits(rows):
@@ -318,14 +254,14 @@ class GroupStatistics:
             self._count(rows)
             return
         if stage is None or stage.kinds != rows.kinds:
-            stage = self._stage = _Stage(rows)
+            stage = self._stage = Stage(rows)
         stage.add(rows)
 
     def _count_staged(self) -> None:
         if self._stage is not None and self._stage.count:
             self._count(self._stage.take())
 
-    def _count(self, rows: _Rows) -> None:
+    def _count(self, rows: Rows) -> None:
         """Add rows to the sums of the current expert."""
         if self._current is None:
             self._current = _Sums()
@@ -396,7 +332,7 @@ class GroupStatistics:
         self._total.take_(current, self.device)
         self._current, self._gaps, self._gap_sums = None, {}, {}
 
-    def _fold_rows(self, rows: _Rows) -> None:
+    def _fold_rows(self, rows: Rows) -> None:
         expert = self._expert
         assert expert is not None
         # The diagonal of the Gram, as a sum of squares: what is not finite shows there.

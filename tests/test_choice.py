@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from epmq_gptq import choice
 from epmq_gptq.choice import GRID, LEAST, choose_alpha, min_max_weights
 from epmq_gptq.statistics import Moments
 from epmq_gptq.target import add_anchor_, anchor_strength, bias_shift, centred, gain
@@ -91,6 +92,13 @@ def test_layers_of_one_input_choose_together():
     assert len(everywhere) >= 3
     for alpha in everywhere:
         assert together.gains[alpha] == pytest.approx(sum(g[alpha] for g in gains), rel=1e-5)
+
+
+def test_where_only_the_strongest_anchor_can_be_solved_it_is_found(monkeypatch):
+    monkeypatch.setattr(choice, "LEAST", 5 / D_IN)  # λ = α tr(H) / d is below it up to α = 3
+    fitted, held_out = moments(*rows(30, 1, 0.01)), moments(*rows(200, 2, 0.01))
+    chosen = choose_alpha([fitted], [held_out])
+    assert chosen.alpha == GRID[-1] and chosen.gains[3.0] == float("-inf")
 
 
 @pytest.mark.parametrize("free", [False, True])
