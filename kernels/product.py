@@ -59,17 +59,18 @@ def split_product_update(
 
     Each factor is a sum of three bfloat16 numbers of falling size; of their nine products the six
     that are above 2⁻²⁴ of the whole are added, the smallest first. A factor that is bfloat16 has
-    one part.
+    one part. At most ``ROWS`` products are added up on tensor cores before an fp32 sum takes over.
 
     Args:
         D, A, B, alpha: see :func:`torch_product_update`.
         multiply: ``(D, A, B, alpha)`` for bfloat16 factors; by default torch's on tensor cores.
     """
     multiply = multiply or _mixed_product_update
-    left, right = _parts(A), _parts(B)
-    pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < _PARTS]
-    for i, j in sorted(pairs, key=sum, reverse=True):
-        multiply(D, left[i], right[j], alpha)
+    for some_of_A, some_of_B in zip(A.split(ROWS, dim=1), B.split(ROWS), strict=True):
+        left, right = _parts(some_of_A), _parts(some_of_B)
+        pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < _PARTS]
+        for i, j in sorted(pairs, key=sum, reverse=True):
+            multiply(D, left[i], right[j], alpha)
 
 
 def _parts(A: torch.Tensor) -> list[torch.Tensor]:

@@ -98,6 +98,20 @@ def test_split_products_are_as_exact_as_fp32(left, right):
     assert errors[0] <= 2 * errors[1] + 1e-5
 
 
+def test_split_products_hand_over_to_an_fp32_sum_in_time():
+    """Also in a fold, whose depth is the width of the layer and not a number of rows."""
+    depths = []
+
+    def multiply(D, A, B, alpha):
+        depths.append(A.shape[1])
+        torch_product_update(D, A, B, alpha)
+
+    A, B = random(3, 2 * ROWS + 9), random(2 * ROWS + 9, 5, seed=1)
+    split = functools.partial(split_product_update, multiply=multiply)
+    assert product_agrees(split, random(3, 5, seed=2), A, B)
+    assert depths == 6 * [ROWS] + 6 * [ROWS] + 6 * [9]
+
+
 def test_a_product_of_single_halves_is_not_exact_enough():
     """What the check is for: bfloat16 alone fails it."""
 
