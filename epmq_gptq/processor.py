@@ -13,6 +13,7 @@ import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from gptqmodel.models.base import BaseQModel
 from .calibration import CalibrationPlan
 from .config import EPMQConfig
 from .deltas import WeightDelta
+from .deviation import RowSample, sampled_rows
 from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
 from .experts import Experts
 from .phases import Phases
@@ -111,6 +113,7 @@ class EPMQProcessor(GPTQProcessor):
             all_tokens=lambda: self.total_calibration_tokens,
             phases=self.phases,
         )
+        self._batches = Counter(plan.experts)  # expert -> batches
         self._streams = threading.local()  # tap -> r of the batch that this thread runs
         self._taps: list[torch.utils.hooks.RemovableHandle] = []
         self.reports: list[ModuleReport] = []
@@ -236,13 +239,20 @@ class EPMQProcessor(GPTQProcessor):
         keep = self._calibration_tokens(group.names[0])
         rows = _rows(X, keep)
         Z, gaps = self._of_expert(group, index, X, keep)
+        kept = sampled_rows(
+            len(rows),
+            self.qcfg.regret_rows,
+            batch=index,
+            place=index - self.plan.experts.index(expert),
+            batches=self._batches[expert],
+        )
         apart = expert if self.weighting.keeps_apart else ""
         key = X.device, self.plan.held_out[index], apart
         with group.lock:
             statistics = group.statistics.get(key)
             if statistics is None:
                 statistics = group.statistics[key] = self._statistics(group, X.device)
-            statistics.add(expert, rows, Z, gaps)
+            statistics.add(expert, rows, Z, gaps, kept)
 
     def _of_expert(
         self, group: SharedInput, batch: int, X: torch.Tensor, keep: torch.Tensor | None
@@ -310,9 +320,13 @@ class EPMQProcessor(GPTQProcessor):
             return difference if bool(difference.any()) else None
 
         columns = next(iter(tasks.values())).columns
+        members = {name: task.rows for name, task in tasks.items()}
+        sample = None
+        if self.qcfg.regret_rows:
+            sample = RowSample(members, eta=self.form.eta, rho=self.form.rho)
         return GroupStatistics(
             columns,
-            {name: task.rows for name, task in tasks.items()},
+            members,
             delta,
             device,
             weight=self.weighting.of,
@@ -320,6 +334,7 @@ class EPMQProcessor(GPTQProcessor):
             form=self.form._replace(biases=any(task.refits_bias for task in tasks.values())),
             bias=bias,
             phases=self.phases,
+            sample=sample,
         )
 
     @staticmethod
@@ -371,8 +386,14 @@ class EPMQProcessor(GPTQProcessor):
         if not fitted:
             device = torch.device(tasks[0].module.weight.device)
             fitted = {"": self._statistics(group, device)}
+        everything = [*fitted.values(), *held_out.values()]
         self._solver.solve(
-            tasks, fitted, held_out, group.error, self._shared_input_capture_generation
+            tasks,
+            fitted,
+            held_out,
+            group.error,
+            self._shared_input_capture_generation,
+            [one.sample for one in everything if one.sample is not None],
         )
         for task in tasks:
             task.report.eta = self.form.eta if group.own_inputs else 0.0

@@ -6,7 +6,7 @@ Runs on the main thread, after a subset's forward passes and before any of its l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from gptqmodel.utils.fallback import should_use_fallback
 
 from .choice import GRID, choose_alpha, min_max_weights
 from .deltas import data_free_gram
+from .deviation import LayerWatch, RowSample
 from .errors import EPMQNumericalError
 from .experts import Experts, check_finite
 from .phases import Phases
@@ -37,12 +38,14 @@ class _Group(NamedTuple):
         held_out: layer → moments of the rows that α was chosen with; empty where none was.
         tokens: calibration tokens that reached the input.
         generation: of the host's cache of factors.
+        samples: rows of the input that figures per expert are from; may be empty.
     """
 
     merged: dict[EPMQ, torch.Tensor]
     held_out: dict[EPMQ, Moments]
     tokens: int
     generation: int
+    samples: Sequence[RowSample]
 
 
 class TargetSolver:
@@ -83,6 +86,7 @@ class TargetSolver:
         held_out: Mapping[str, GroupStatistics],
         error: Exception | None,
         generation: int,
+        samples: Sequence[RowSample] = (),
     ) -> None:
         """Aim every task.
 
@@ -93,6 +97,7 @@ class TargetSolver:
             held_out: the same of the rows that choose α; may be empty.
             error: the first trouble met while counting.
             generation: of the host's cache of factors.
+            samples: rows of the input that figures per expert are from.
         """
         parts = [part for part in (fitted, held_out) if part]
         tokens = _added(one.tokens for part in parts for one in part.values())
@@ -132,7 +137,7 @@ class TargetSolver:
             H = whole[tasks[0]].H.add_(moments[1][tasks[0]].H)  # what was held out counts, too
             whole = {t: combined([whole[t], moments[1][t]], [1, 1], H) for t in tasks}
         apart = moments[1] if len(moments) > 1 else {}
-        self._aim(tasks, whole, alphas, _Group(merged, apart, total, generation))
+        self._aim(tasks, whole, alphas, _Group(merged, apart, total, generation, samples))
 
     def _weights(
         self, tasks: list[EPMQ], parts: Mapping[str, dict[EPMQ, Moments]]
@@ -157,10 +162,15 @@ class TargetSolver:
     ) -> dict[EPMQ, float | None]:
         """A number for every "auto", one for all layers of an input, so that they share a factor.
 
-        None: on the held-out rows, no target was better than the merged weight.
+        None: the merged weight is the target, because no other was better on the held-out rows, or
+        because that was asked for.
         """
         auto = [task for task in tasks if task.alpha == "auto"]
-        alphas = {task: task.alpha for task in tasks if task.alpha != "auto"}
+        alphas = {
+            task: None if task.alpha == "gptq" else task.alpha
+            for task in tasks
+            if task.alpha != "auto"
+        }
         if not auto:
             return alphas
         if len(moments) == 1:  # a routed module that no held-out row reached
@@ -264,7 +274,7 @@ class TargetSolver:
             task.report.lam, task.report.alpha = lam, alpha
             W_m, D = group.merged.pop(task), moments[task].D
             why = self._why_merged(task, alpha, group)
-            if why:
+            if why or alpha is None:
                 _keep_merged(task, why)
                 D = None
             target = expert_target(W_m, D, L)
@@ -274,6 +284,10 @@ class TargetSolver:
                 self._on_bad(task, error)
                 continue
             task.report.merge_excess = target.merge_excess
+            if group.samples:
+                with self._phases.measure("deviation"):
+                    watch = LayerWatch(group.samples, task.full_name, W_m)
+                    task.watch(watch, target.W)
             task.aim(target.W, H, group.tokens)
             if D is None:
                 continue
@@ -292,7 +306,7 @@ class TargetSolver:
             task.routed_threshold, float(group.tokens), self._all_tokens()
         ):
             return f"only {group.tokens} calibration tokens were routed here"
-        if alpha is None:
+        if alpha is None and task.alpha == "auto":
             some = "no target was better on the held-out rows"
             return some if group.held_out else "no held-out row was routed here"
         return ""

@@ -212,7 +212,7 @@ def test_the_papers_alpha_is_that_of_the_family_and_the_merge(model_type, method
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"profile": "fast"}, "`profile` should be one of best, paper, got 'fast'"),
+        ({"profile": "fast"}, "`profile` should be one of best, paper, gptq, got 'fast'"),
         ({"eta": 1.5}, "`eta` should be between 0 and 1, got 1.5"),
         ({"rho": "1"}, "`rho` should be a number, got '1'"),
         ({"anchor": "diag"}, "`anchor` should be one of identity, channel, got 'diag'"),
