@@ -13,6 +13,7 @@ as many rows as there are, and outputs, it is exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -205,7 +206,7 @@ class LayerWatch:
         for expert, rows in self._rows.items():
             count = sum(len(one.X) for one in rows)
             energy = _energy(one.given + one.own for one in rows)
-            if not energy > 0:
+            if not 0 < energy < math.inf:
                 continue
             aim = None
             if all(one.aim is not None for one in rows):
@@ -237,6 +238,8 @@ class LayerWatch:
         rounded = self._after(Q, shift)
         for expert, error in errors.items():
             own, aim, change = rounded[expert]
+            if not math.isfinite(own):  # JSON has no word for it
+                continue
             energy = error.energy * error.rows
             error.rounded, error.quantization = own / energy, change / energy
             if error.aim is not None:

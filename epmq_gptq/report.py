@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+# What a saved checkpoint keeps it in, and the version of that file.
+REPORT_NAME = "epmq_report.json"
+REPORT_SCHEMA = 1
 
 
 @dataclass
@@ -146,3 +152,11 @@ class QuantizationReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain data."""
         return asdict(self)
+
+    def write(self, folder: Path) -> None:
+        """Leave everything in a checkpoint's folder, for ``epmq-gptq report`` and the card."""
+        from . import __version__
+
+        record = {"schema": REPORT_SCHEMA, "epmq_gptq": __version__, "report": self.to_dict()}
+        text = json.dumps(record, indent=1, default=str)
+        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")

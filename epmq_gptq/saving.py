@@ -70,6 +70,7 @@ def save_whole(
         with contextlib.redirect_stdout(io.StringIO()):  # the host lists the files it wrote
             write(str(staging), *arguments, **options)
         _store_dense_tensors_as_merged(staging, merged)
+        model.epmq_report.write(staging)
         verify_checkpoint(staging, [m.module for m in model.epmq_report.modules])
 
 
