@@ -51,6 +51,10 @@ _REFUSED = {
 }
 
 
+# What says how a run is carried out, not what it makes.
+_OF_A_RUN = ("allow_duplicates", "require_pinned", "save_statistics", "regret_rows")
+
+
 @dataclass
 class EPMQConfig(GPTQConfig):
     """Options of one E-PMQ run, on top of every option of GPTQModel's ``GPTQConfig``.
@@ -259,6 +263,14 @@ class EPMQConfig(GPTQConfig):
                 "Give calibration rows for at least one: activations must come from somewhere.",
                 code="EPMQ-F22",
             )
+        if self.data_free and self.save_statistics:
+            raise EPMQInputError(
+                "`save_statistics` cannot go with `data_free`: a Gram made of a task vector is no "
+                "sum over calibration rows.",
+                code="EPMQ-O03",
+                subject="`save_statistics`",
+                remedy="Give all experts rows, or leave out one of the two.",
+            )
         if self.data_free and self.base is None:
             raise EPMQInputError(
                 "`data_free` needs `base`: a task vector is an expert minus the model it was "
@@ -322,6 +334,19 @@ class EPMQConfig(GPTQConfig):
         folder = getattr(self, "_offload_temp_dir", None)
         if folder is not None:
             folder.cleanup()
+
+    def settled_options(self) -> dict[str, Any]:
+        """:meth:`to_options` with what the profile filled in, and without places.
+
+        What statistics that are kept were made with: models and folders are named elsewhere.
+        """
+        options = self.to_options()
+        # Written out even where they are the defaults of today.
+        names = ("bits", "group_size", "sym", "desc_act", "weighting", *self.left_open)
+        options |= {name: getattr(self, name) for name in names}
+        for name in ("experts", "base", "profile", "epmq_config_version", *_OF_A_RUN):
+            options.pop(name, None)
+        return options
 
     # ---- standard GPTQ checkpoint --------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -180,8 +180,30 @@ class _Sampled(NamedTuple):
         return cls(lack.X, given, lack.own, aim)
 
 
+class Watch(Protocol):
+    """Tells how far one layer's outputs lie from every expert's, before and after rounding."""
+
+    def start(self, W_target: torch.Tensor) -> dict[str, ExpertError]:
+        """The figures before rounding; without experts of which no row gives any output.
+
+        Args:
+            W_target: ``(out, d)`` fp32, what will be rounded.
+        """
+
+    def finish(
+        self, Q: torch.Tensor, shift: torch.Tensor | None, errors: Mapping[str, ExpertError]
+    ) -> None:
+        """Fill in the figures after rounding.
+
+        Args:
+            Q: ``(out, d)`` fp32, the rounded weight.
+            shift: ``(out,)`` what is added to the bias, or None.
+            errors: those of :meth:`start`.
+        """
+
+
 class LayerWatch:
-    """What one layer's outputs lack of every expert's, before and after.
+    """A :class:`Watch` by the rows of a sample.
 
     Args:
         samples: of the layer's input, from any number of devices; each is given away.
@@ -197,11 +219,7 @@ class LayerWatch:
                 self._rows.setdefault(expert, []).extend(found)
 
     def start(self, W_target: torch.Tensor) -> dict[str, ExpertError]:
-        """The figures before rounding; without experts of which no row gives any output.
-
-        Args:
-            W_target: ``(out, d)`` fp32, what will be rounded.
-        """
+        """See :class:`Watch`."""
         solved, found = self._after(W_target, None), {}
         for expert, rows in self._rows.items():
             count = sum(len(one.X) for one in rows)
@@ -228,13 +246,7 @@ class LayerWatch:
     def finish(
         self, Q: torch.Tensor, shift: torch.Tensor | None, errors: Mapping[str, ExpertError]
     ) -> None:
-        """Fill in the figures after rounding.
-
-        Args:
-            Q: ``(out, d)`` fp32, the rounded weight.
-            shift: ``(out,)`` what is added to the bias, or None.
-            errors: those of :meth:`start`.
-        """
+        """See :class:`Watch`."""
         rounded = self._after(Q, shift)
         for expert, error in errors.items():
             own, aim, change = rounded[expert]

@@ -113,7 +113,9 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
                 # What the merged folder says of itself comes first.
                 report.provenance.setdefault("merge", lineage)
             reporter.step("save", str(options.out))
-            model.save(str(out), overwrite=options.overwrite)
+            keeps = contextlib.closing(model.epmq_statistics) if config.save_statistics else None
+            with keeps or contextlib.nullcontext():
+                model.save(str(out), overwrite=options.overwrite)
     return RunResult(report, rows.counts)
 
 

@@ -6,7 +6,7 @@ Runs on the main thread, after a subset's forward passes and before any of its l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,11 @@ from gptqmodel.utils.fallback import should_use_fallback
 
 from .choice import GRID, choose_alpha, min_max_weights
 from .deltas import data_free_gram
-from .deviation import LayerWatch, RowSample
+from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import Experts, check_finite
 from .phases import Phases
+from .recorded.sums import RecordedStatistics
 from .statistics import GroupStatistics, Moments, combined
 from .target import add_anchor_, anchor_strength, centred, expert_target, numerical_rank
 from .task import EPMQ
@@ -30,6 +31,10 @@ PLAIN_DAMPING = 0.05
 _ALPHA_OF_WEIGHTS = 0.01
 
 
+Statistics = GroupStatistics | RecordedStatistics
+WatchOf = Callable[[EPMQ, torch.Tensor], Watch | None]
+
+
 class _Group(NamedTuple):
     """What the layers of one input have beside their moments.
 
@@ -38,14 +43,14 @@ class _Group(NamedTuple):
         held_out: layer → moments of the rows that α was chosen with; empty where none was.
         tokens: calibration tokens that reached the input.
         generation: of the host's cache of factors.
-        samples: rows of the input that figures per expert are from; may be empty.
+        watch: see :meth:`TargetSolver.solve`.
     """
 
     merged: dict[EPMQ, torch.Tensor]
     held_out: dict[EPMQ, Moments]
     tokens: int
     generation: int
-    samples: Sequence[RowSample]
+    watch: WatchOf
 
 
 class TargetSolver:
@@ -82,22 +87,22 @@ class TargetSolver:
     def solve(
         self,
         tasks: list[EPMQ],
-        fitted: Mapping[str, GroupStatistics],
-        held_out: Mapping[str, GroupStatistics],
+        fitted: Mapping[str, Statistics],
+        held_out: Mapping[str, Statistics],
         error: Exception | None,
         generation: int,
-        samples: Sequence[RowSample] = (),
+        watch: WatchOf = lambda task, W_m: None,
     ) -> None:
         """Aim every task.
 
         Args:
             tasks: the layers of one input.
             fitted: expert → the sums that targets are solved from; of all experts together under
-                one name, unless their weights are chosen here.
+                one name, unless they are kept apart.
             held_out: the same of the rows that choose α; may be empty.
             error: the first trouble met while counting.
             generation: of the host's cache of factors.
-            samples: rows of the input that figures per expert are from.
+            watch: (layer, W_m) → what tells how far it lies from every expert, or None.
         """
         parts = [part for part in (fitted, held_out) if part]
         tokens = _added(one.tokens for part in parts for one in part.values())
@@ -137,13 +142,13 @@ class TargetSolver:
             H = whole[tasks[0]].H.add_(moments[1][tasks[0]].H)  # what was held out counts, too
             whole = {t: combined([whole[t], moments[1][t]], [1, 1], H) for t in tasks}
         apart = moments[1] if len(moments) > 1 else {}
-        self._aim(tasks, whole, alphas, _Group(merged, apart, total, generation, samples))
+        self._aim(tasks, whole, alphas, _Group(merged, apart, total, generation, watch))
 
     def _weights(
         self, tasks: list[EPMQ], parts: Mapping[str, dict[EPMQ, Moments]]
     ) -> dict[str, float]:
         """What each part counts beside the β_i that it holds already."""
-        if len(parts) < 2:
+        if len(parts) < 2 or not self._weighting.keeps_apart:
             return dict.fromkeys(parts, 1.0)
         alpha = tasks[0].alpha if isinstance(tasks[0].alpha, float) else _ALPHA_OF_WEIGHTS
         found = min_max_weights(
@@ -284,9 +289,9 @@ class TargetSolver:
                 self._on_bad(task, error)
                 continue
             task.report.merge_excess = target.merge_excess
-            if group.samples:
-                with self._phases.measure("deviation"):
-                    watch = LayerWatch(group.samples, task.full_name, W_m)
+            with self._phases.measure("deviation"):
+                watch = group.watch(task, W_m)
+                if watch is not None:
                     task.watch(watch, target.W)
             task.aim(target.W, H, group.tokens)
             if D is None:
@@ -341,7 +346,7 @@ def _keep_merged(task: EPMQ, reason: str) -> None:
 
 
 def _taken(
-    statistics: GroupStatistics, tasks: list[EPMQ], merged: Mapping[EPMQ, torch.Tensor]
+    statistics: Statistics, tasks: list[EPMQ], merged: Mapping[EPMQ, torch.Tensor]
 ) -> dict[EPMQ, Moments]:
     H = statistics.gram()
     return {task: statistics.take(task.full_name, H, merged[task]) for task in tasks}

@@ -14,7 +14,7 @@ from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.config import FallbackStrategy
 from gptqmodel.quantization.gptq import GPTQ
 
-from .deviation import LayerWatch
+from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import check_finite
 from .kernels.factor import inverse_factor
@@ -71,7 +71,7 @@ class EPMQ(GPTQ):
         self.report: ModuleReport | None = None
         self._bias: BiasAim | None = None
         self._guard: Guard | None = None
-        self._watch: LayerWatch | None = None
+        self._watch: Watch | None = None
 
     def merged_weight(self, device: torch.device) -> torch.Tensor:
         """``W_m: (out, in)`` fp32 on ``device``, a copy."""
@@ -110,7 +110,7 @@ class EPMQ(GPTQ):
         """Once the target is rounded, compare it with the rounded merge on the held-out rows."""
         self._guard = Guard(W_m, H_E, held_out)
 
-    def watch(self, watch: LayerWatch, W_target: torch.Tensor) -> None:
+    def watch(self, watch: Watch, W_target: torch.Tensor) -> None:
         """Report how far the outputs lie from every expert's, now and once this is rounded."""
         self.report.experts = watch.start(W_target)
         self._watch = watch if self.report.experts else None

@@ -218,7 +218,7 @@ def test_the_papers_alpha_is_that_of_the_family_and_the_merge(model_type, method
         ({"anchor": "diag"}, "`anchor` should be one of identity, channel, got 'diag'"),
         ({"bias_refit": 1}, "`bias_refit` should be True or False, got 1"),
         ({"held_out": 0}, "`held_out` should be above 0 and at most 0.5, got 0"),
-        ({"alpha": "best"}, "`alpha` should be a number, \"auto\" or \"gptq\", got 'best'"),
+        ({"alpha": "best"}, '`alpha` should be a number, "auto" or "gptq", got \'best\''),
         ({"weighting": "max"}, "`weighting` should be one of raw, token, trace, minmax"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from ..choice import MOST, OUTPUTS
 from ..kernels.gram import ROWS
 from ..linears import Linear, resolve
+from ..recorded.half import packed_bytes
 from .serving import Export
 
 FP32 = 4
@@ -72,6 +73,19 @@ def disk(
         "unquantized": rest,
         "checkpoint": quantized + scales + rest,
     }
+
+
+def recorded(linears: Iterable[Linear], parts: int) -> int:
+    """Bytes of the statistics that ``save_statistics`` keeps.
+
+    Args:
+        parts: sets of rows that have sums of their own: experts, twice where some are held out.
+    """
+    inputs: dict[tuple[str, int], list[int]] = {}
+    for linear in linears:
+        key = linear.name.rpartition(".")[0], linear.inputs
+        inputs.setdefault(key, []).append(linear.outputs)
+    return parts * sum(packed_bytes(d, outputs) for (_, d), outputs in inputs.items())
 
 
 def groups(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
