@@ -58,6 +58,7 @@ def requantized(
     experts = {expert["name"]: expert for expert in index["experts"]}
     left_out = [name for name in experts if name not in config.experts]
     record = _run(config, report) | {
+        "profile": index["profile"],
         "merged": index["merged"],
         "experts": [
             experts[name] | {"weight": config.expert_weights.get(name, 1.0)}

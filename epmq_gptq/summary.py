@@ -50,7 +50,8 @@ def print_summary(
         console.print(Text(text, "yellow"), soft_wrap=True)
     if report.phases:
         console.print(phase_line(report), style="dim", soft_wrap=True)
-    console.print(expert_table(rows))
+    if rows:
+        console.print(expert_table(rows))
 
 
 def phase_line(report: QuantizationReport) -> str:

@@ -30,6 +30,8 @@ MODULE_SECONDS = 0.03
 PACKED_PER_SECOND = 3e7
 # Everything that is not counted: Python, copies, attention, reading experts.
 LOW, HIGH = 0.7, 3.0
+# What projects the attention's output: of the same parent as q, k and v, and of another input.
+_OF_ATTENTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o")
 _LAYER = re.compile(r"\D*?\.\d+(?=\.)")
 _LAST_INDEX = re.compile(r"\.\d+$")
 # Seconds of a measurement of the device, of which there are two at most; sizes of its product.
@@ -83,9 +85,10 @@ def recorded(linears: Iterable[Linear], parts: int) -> int:
     """
     inputs: dict[tuple[str, int], list[int]] = {}
     for linear in linears:
-        key = linear.name.rpartition(".")[0], linear.inputs
+        parent, _, last = linear.name.rpartition(".")
+        key = parent, last if last in _OF_ATTENTION else "", linear.inputs
         inputs.setdefault(key, []).append(linear.outputs)
-    return parts * sum(packed_bytes(d, outputs) for (_, d), outputs in inputs.items())
+    return parts * sum(packed_bytes(key[-1], outputs) for key, outputs in inputs.items())
 
 
 def groups(linears: Iterable[Linear]) -> dict[str, list[Linear]]:

@@ -134,6 +134,7 @@ def about_run(report: Any, options: Mapping[str, Any], dtype: torch.dtype) -> di
     made = report.provenance
     return {
         "versions": made["versions"],
+        "profile": made["profile"],
         "merged": made["merged"],
         "merge": made.get("merge", {}),
         "base": made.get("base"),

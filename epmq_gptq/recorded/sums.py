@@ -1,4 +1,4 @@
-"""The sums of one expert over one input, as they are stored, in the place of ``GroupStatistics``."""
+"""The sums of one expert over one input as they are stored, for the solver."""
 
 from __future__ import annotations
 
