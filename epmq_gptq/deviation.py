@@ -24,7 +24,7 @@ from .report import ExpertError
 from .staging import Rows
 
 # Outputs of each layer that are looked at, evenly spaced.
-OUTPUTS = 1024
+OUTPUTS = 256
 
 
 def sampled_rows(rows: int, wanted: int, *, batch: int, place: int, batches: int):
@@ -279,4 +279,4 @@ class LayerWatch:
 
 
 def _energy(pieces: Iterable[torch.Tensor]) -> float:
-    return sum(float(piece.double().square().sum()) for piece in pieces)
+    return sum(float(piece.square().sum(dtype=torch.float64)) for piece in pieces)
