@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import Reporter
 from ..errors import EPMQInputError
-from ..targets import check_file
-from .common import Verbose, place, write_error
+from .common import Json, Quiet, Run, Verbose, examples, place, running
+from .completion import devices, dtypes, splits, suites
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from ..console import Reporter
     from ..evaluation import Evaluation
 
 
+@examples(
+    ("on a suite that comes with the package", "epmq-gptq evaluate merged-4bit --suite text4"),
+    (
+        "on tasks of lm-eval (extra `eval`), 100 items of each",
+        "epmq-gptq evaluate merged-4bit --tasks hellaswag,gsm8k --limit 100",
+    ),
+    (
+        "a model of the hub, with all figures in a file",
+        "epmq-gptq evaluate org/merged-7b@1a2b3c4 --tasks arc_easy --json scores.json",
+    ),
+)
 def evaluate(
     model: Annotated[
         str,
@@ -26,7 +34,10 @@ def evaluate(
     ],
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="vision8, text4 or seq2seq4, which need no network; repeatable."),
+        typer.Option(
+            help="vision8, text4 or seq2seq4, which need no network; repeatable.",
+            autocompletion=suites,
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -61,7 +72,10 @@ def evaluate(
         int | None, typer.Option(help="Of the suite (default 0), or of lm-eval (1234).")
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Of a suite: evaluation, or held_out for choosing options.")
+        str,
+        typer.Option(
+            help="Of a suite: evaluation, or held_out for choosing options.", autocompletion=splits
+        ),
     ] = "evaluation",
     quick: Annotated[
         bool, typer.Option("--quick", help="The suite's tiny version, to see that all runs.")
@@ -75,36 +89,32 @@ def evaluate(
         ),
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default float32 on a CPU.")
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; default float32 on a CPU.", autocompletion=dtypes
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; default: a GPU where torch sees one.")
+        str | None,
+        typer.Option(
+            help="cpu or cuda; default: a GPU where torch sees one.", autocompletion=devices
+        ),
     ] = None,
-    json_report: Annotated[
-        Path | None, typer.Option("--json", help="Write everything to this file; - for stdout.")
-    ] = None,
+    json_report: Json = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Evaluate a model on the suites that come with this package, or on any task of lm-eval."""
-    reporter = Reporter(verbose=verbose)
-    is_piped = str(json_report) == "-"
-    file = None if is_piped else json_report
-    console = reporter.out
-    if is_piped:
-        reporter.out = reporter.err
-    with reporter.exit_codes(lambda error: write_error(file, error)):
-        if file is not None:
-            file = place(file)
-            check_file(file, "--json")
+    with running(json_report, quiet, verbose) as run:
         names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         _check(suite or [], names, batch_size, split, limit)
         loading = {"device": device, "dtype": dtype, "dense": False if kernel else None}
-        with reporter.quiet_host():
+        with run.reporter.quiet_host():
             if suite:
                 building = {"seed": seed or 0, "quick": quick, "device": device}
                 size = None if batch_size is None else int(batch_size)
                 options = {"split": split, "batch_size": size}
-                results = _run_suites(reporter, model, suite, names, loading, building, options)
+                results = _run_suites(run.reporter, model, suite, names, loading, building, options)
             else:
                 options = {
                     "limit": limit if limit is None or limit < 1 else int(limit),
@@ -114,24 +124,17 @@ def evaluate(
                     "confirm_run_unsafe_code": confirm_run_unsafe_code,
                     **({} if seed is None else {"seed": seed}),
                 }
-                results = _run_tasks(reporter, model, names, include_path, loading, options)
-        _show(reporter, results, console if is_piped else None, file)
+                results = _run_tasks(run.reporter, model, names, include_path, loading, options)
+        _show(run, results)
 
 
-def _show(
-    reporter: Reporter, results: list[Evaluation], piped: Console | None, file: Path | None
-) -> None:
+def _show(run: Run, results: list[Evaluation]) -> None:
     """The tables, and all of it as JSON where that was asked for."""
     from ..evaluation.results import environment, table_of
 
-    report = environment() | {"evaluations": [result.to_dict() for result in results]}
     for result in results:
-        reporter.out.print(table_of(result))
-    if piped is not None:
-        piped.print_json(data=report)
-    elif file is not None:
-        file.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-        reporter.step("report", str(file))
+        run.show(table_of(result))
+    run.write(environment() | {"evaluations": [result.to_dict() for result in results]})
 
 
 def _check(
