@@ -374,6 +374,7 @@ def test_methods_lists_papers_and_parameters():
 
 def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     import epmq_gptq.demo
+    from epmq_gptq.demo.domains import DOMAINS
     from epmq_gptq.demo.options import DemoResult, Score
 
     seen = {}
@@ -382,7 +383,7 @@ def test_demo_passes_its_options_on(tmp_path, monkeypatch):
         seen["options"] = options
         options.out.mkdir()
         console.print("the table")
-        scores = {"merged": {"code": Score(1.5, 0.25)}}
+        scores = {"merged": {name: Score(1.5, 0.25) for name in DOMAINS}}
         return DemoResult(scores, settings={"bits": options.bits, "group_size": 32})
 
     monkeypatch.setattr(epmq_gptq.demo, "run_demo", run_demo)
