@@ -5,6 +5,10 @@ Importing this package makes ``EPMQConfig``, CLIP and T5 known to GPTQModel:
     model = GPTQModel.load("path/to/merged", EPMQConfig(experts={...}))
     model.quantize({"math": math_rows, "code": code_rows}, batch_size=4)
     model.save("merged-4bit")
+
+The commands of ``epmq-gptq`` are functions of the same names here, see ``epmq_gptq.api``:
+
+    epmq_gptq.quantize("recipe.yaml", out="merged-4bit", progress=True)
 """
 
 from typing import TYPE_CHECKING
@@ -13,6 +17,7 @@ from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
 from .on_import import when_host_is_imported
 
 if TYPE_CHECKING:
+    from .api import evaluate, explain, inspect, merge, methods, quantize
     from .config import EPMQConfig
     from .models.loading import load_clip
     from .report import ModuleReport, QuantizationReport
@@ -30,14 +35,27 @@ __all__ = [
     "QuantizationReport",
     "RowSource",
     "__version__",
+    "evaluate",
+    "explain",
+    "inspect",
     "load_clip",
+    "merge",
+    "methods",
+    "quantize",
 ]
+
+# No submodule may bear one of these names: importing it would put it in the function's place.
+_COMMANDS = ("evaluate", "explain", "inspect", "merge", "methods", "quantize")
 
 when_host_is_imported()
 
 
 def __getattr__(name: str):
     # GPTQModel takes seconds to import; merging, the errors and `--help` do without it.
+    if name in _COMMANDS:
+        from . import api
+
+        return getattr(api, name)
     if name == "EPMQConfig":
         from .config import EPMQConfig
         from .host import install
@@ -57,3 +75,7 @@ def __getattr__(name: str):
 
         return RowSource
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

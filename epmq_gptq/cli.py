@@ -16,6 +16,7 @@ from . import __version__
 from .commands.common import examples_text, usage_failed
 from .commands.demo import demo
 from .commands.evaluate import evaluate
+from .commands.explain import explain
 from .commands.inspect import inspect
 from .commands.merge import merge, methods
 from .commands.quantize import quantize
@@ -65,13 +66,14 @@ def _recipe_text() -> str:
 _EXIT_CODES = "[bold]Exit codes[/bold]\n\n" + "\n".join(
     f"{code.value:>3}  {escape(code.meaning)}" for code in ExitCode
 )
+_EXPLAIN = "An error ends with its code in brackets; `epmq-gptq explain EPMQ-F21` says more of it."
 
 app = typer.Typer(
     name="epmq-gptq",
     cls=Group,
     help="Expert-guided post-merge quantization (E-PMQ, arXiv 2605.16882): a merged model and the "
     "experts it was made of in, a standard GPTQ checkpoint out.",
-    epilog=_EXIT_CODES,
+    epilog=f"{_EXIT_CODES}\n\n{_EXPLAIN}",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -93,7 +95,7 @@ def _root(
     pass
 
 
-for _command in (quantize, merge, inspect, evaluate, methods, demo):
+for _command in (quantize, merge, inspect, evaluate, methods, demo, explain):
     app.command(cls=Command)(_command)
 
 

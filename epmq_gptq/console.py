@@ -18,13 +18,15 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .errors import EPMQError, EPMQWarning
 from .exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # Without a terminal rich assumes 80 columns and would break the summary table.
 _PLAIN_WIDTH = 140
@@ -260,7 +262,8 @@ def silence(stream: TextIO) -> None:
 
 
 def _console(stream: TextIO, *, quiet: bool = False) -> Console:
-    console = _Stream(file=stream, quiet=quiet)
+    # A notebook's rich would show every line as a table of its own.
+    console = _Stream(file=stream, quiet=quiet, force_jupyter=False)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
     return console
@@ -288,20 +291,25 @@ class StepProgress:
         self._printed_at = self._left.start
         self._bar: Progress | None = None
         if reporter.out.is_terminal and not reporter.verbose and not reporter.quiet:
-            self._bar = Progress(
-                TextColumn(f"{name:<12}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-                TextColumn("{task.description}", markup=False),
-                console=reporter.out,
-                # rich would put back the streams that quiet_host has taken away.
-                redirect_stdout=False,
-                redirect_stderr=False,
-                transient=True,
-            )
+            self._bar = self._new_bar()
             self._task = self._bar.add_task("", total=total, left="")
+
+    def _new_bar(self) -> Progress:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        return Progress(
+            TextColumn(f"{self._name:<12}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} " + self._unit),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.description}", markup=False),
+            console=self._reporter.out,
+            # rich would put back the streams that quiet_host has taken away.
+            redirect_stdout=False,
+            redirect_stderr=False,
+            transient=True,
+        )
 
     def __enter__(self) -> StepProgress:
         if self._bar is not None:

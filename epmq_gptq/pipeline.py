@@ -119,6 +119,32 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
     return RunResult(report, rows.counts)
 
 
+def run_document(recipe: Recipe, out: Path, result: RunResult) -> dict[str, Any]:
+    """All numbers of a run as plain data; of the checkpoint only its name, of rows none."""
+    options = recipe.to_options()
+    options["calibration"] = _without_rows(options["calibration"])
+    return {
+        "recipe": options,
+        "checkpoint": out.name,
+        "cut_rows": {name: rows.cut for name, rows in result.rows.items()},
+        "report": result.report.to_dict(),
+    }
+
+
+def _without_rows(block: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's calibration; rows that were given in Python are nobody else's to read."""
+
+    def public(source: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: "given in Python" if k == "rows" else v for k, v in source.items()}
+
+    if isinstance(block.get("expert_column"), str):
+        return public(block)
+    return {
+        name: [public(source) for source in each] if isinstance(each, list) else each
+        for name, each in block.items()
+    }
+
+
 def choose_device(wanted: str | None) -> str:
     """The device of a run: what is asked for, else a GPU where there is one.
 

@@ -17,7 +17,6 @@ from .. import __version__
 from ..console import Reporter
 from ..errors import EPMQError, EPMQInputError
 from ..exit_codes import ExitCode
-from ..options import parse_yaml, resolve_path
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -136,13 +135,14 @@ def usage_failed(error: Any, arguments: Sequence[str] | None) -> None:
     """
     if type(error).__name__ == "NoArgsIsHelpError":  # the help was shown
         raise SystemExit(ExitCode.INPUT)
-    cause = error.format_message().strip().rstrip(".")
+    message = error.format_message().strip()
     context = getattr(error, "ctx", None)
     command = "epmq-gptq" if context is None else _command_of(context)
     with running(_json_place(sys.argv[1:] if arguments is None else arguments)):
+        cause = message[:1].lower() + message[1:].rstrip(".") + "."
         raise EPMQInputError(
-            f"{cause[:1].lower()}{cause[1:]}{'' if cause.endswith('?') else '.'}",
-            code="EPMQ-O02" if cause.startswith("No such") else "EPMQ-O01",
+            cause.replace("?.", "?"),
+            code="EPMQ-O02" if message.startswith("No such") else "EPMQ-O01",
             subject=f"`{command}`",
             remedy=f"`{command} --help` shows what there is.",
         )
@@ -246,6 +246,8 @@ def pairs(values: list[str], option: str) -> dict[str, str]:
 
 def values(values: list[str], option: str) -> dict[str, Any]:
     """``key=value`` options as a dict; values are read as YAML."""
+    from ..options import parse_yaml
+
     result = {}
     for key, value in pairs(values, option).items():
         try:
@@ -261,6 +263,8 @@ def place(path: Path) -> Path:
     Raises:
         EPMQInputError: it starts in the home of a user that this machine does not know.
     """
+    from ..options import resolve_path
+
     return resolve_path(str(path), Path())
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from .common import Json, Out, Overwrite, Quiet, Verbose, examples, pairs, place, running, values
 from .completion import devices, merge_methods
@@ -125,23 +121,7 @@ def methods(json_report: Json = None, quiet: Quiet = False, verbose: Verbose = F
             from ..merging import merge_methods
 
             known = merge_methods()
+        from ..summary import methods_table
+
         run.show(methods_table(known))
         run.write({"methods": known})
-
-
-def methods_table(known: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One block of lines per method: what it is, its paper, what it needs, its parameters."""
-    table = Table(show_lines=True)
-    table.add_column("method", no_wrap=True, style="bold")
-    table.add_column("what it does, its paper, its parameters", overflow="fold")
-    for name, about in known.items():
-        needs = "needs --base" if about["needs_base"] else "does without --base"
-        if about["needs_calibration"]:
-            needs += ", needs --calibration"
-        text = Text(f"{about['summary']}\n{about['title']}, {about['reference']}\n{needs}")
-        for parameter, option in about["parameters"].items():
-            default = json.dumps(option["default"], default=str)
-            text.append(f"\n{parameter}", "bold")
-            text.append(f": {option['doc']} ({option['rule']}; default {default})")
-        table.add_row(name, text)
-    return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,10 +22,6 @@ from .common import (
     values,
 )
 from .completion import devices, dtypes, settings
-
-if TYPE_CHECKING:
-    from ..pipeline import RunResult
-    from ..recipe import Recipe
 
 
 @examples(
@@ -107,8 +103,10 @@ def quantize(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Quantize a merged model towards its experts: one with a recipe, or one that says itself
-    what it was merged from (mergekit's configuration, a model card)."""
+    """Quantize a merged model towards its experts.
+
+    By a recipe, or a merged model that says itself what it was made of (mergekit's configuration, a
+    model card)."""
     with running(json_report, quiet, verbose) as run:
         reporter = run.reporter
         from ..lineage import Given
@@ -138,7 +136,7 @@ def quantize(
                 remedy="Give a folder that is new or empty.",
             )
         out = place(out)
-        from ..pipeline import RunOptions, quantize_recipe
+        from ..pipeline import RunOptions, quantize_recipe, run_document
         from ..summary import print_summary
 
         read = read_target(target, given, reporter)
@@ -150,13 +148,3 @@ def quantize(
             profile.write_text(json.dumps(result.report.profile(), indent=2) + "\n", "utf-8")
             reporter.step("profile", str(profile))
         run.write(run_document(read, out, result) | {"host_warnings": list(reporter.host.alarms)})
-
-
-def run_document(recipe: Recipe, out: Path, result: RunResult) -> dict[str, Any]:
-    """All numbers of a run as plain data; of the checkpoint only its name."""
-    return {
-        "recipe": recipe.to_options(),
-        "checkpoint": out.name,
-        "cut_rows": {name: rows.cut for name, rows in result.rows.items()},
-        "report": result.report.to_dict(),
-    }
