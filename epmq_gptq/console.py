@@ -97,11 +97,11 @@ class Reporter:
     Args:
         verbose: let the host speak, and show tracebacks.
         quiet: say nothing of the course of the run; warnings, errors and results stay.
-        piped: stdout is for a machine: whatever is for people goes to stderr.
+        piped: stdout is for a machine, which gets the result; the course of the run goes to stderr.
 
     Attributes:
         out: the course of the run.
-        result: what was asked for, such as the table of ``inspect``.
+        result: what was asked for, such as the table of ``inspect``, for people.
         err: warnings and errors.
         stdout: the stream itself, for what is no text for people.
     """
@@ -111,7 +111,7 @@ class Reporter:
         self.stdout: TextIO = sys.stdout
         people = sys.stderr if piped else sys.stdout
         self.out = _console(people, quiet=quiet)
-        self.result = _console(people, quiet=quiet and piped)
+        self.result = _console(people, quiet=piped)
         self.err = _console(sys.stderr)
         self.host = HostOutput()
         self._interrupted = threading.Event()

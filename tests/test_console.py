@@ -231,7 +231,7 @@ def test_what_is_for_people_leaves_stdout_to_the_machine(capsys, quiet):
     reporter.stdout.write("{}")
     out, err = capsys.readouterr()
     assert out == "{}"
-    assert err == ("" if quiet else "load        said\nthe table\n") + "INFO  banner\n"
+    assert err == ("" if quiet else "load        said\n") + "INFO  banner\n"
 
 
 def test_a_reader_that_goes_away_is_no_failure(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def demo(
             **check_bits,
         )
         result = run_demo(options, run.reporter.out, quiet=not verbose)
-        if quiet:  # else the table is part of what was said on the way
+        if quiet:  # otherwise it is part of what was said on the way
             from ..demo.table import result_table
 
             run.show(result_table(result))

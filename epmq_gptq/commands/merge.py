@@ -109,10 +109,7 @@ def calibration_block(calibration: list[str] | None, experts: list[str]) -> Cali
 
 @examples(
     ("all of them, with their papers and parameters", "epmq-gptq methods"),
-    (
-        "those that do without a base",
-        "epmq-gptq methods --json - | jq '.methods | map_values(select(.needs_base | not)) | keys'",
-    ),
+    ("their names alone", "epmq-gptq methods --json - | jq '.methods | keys'"),
 )
 def methods(json_report: Json = None, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the merge methods, their papers and their parameters."""

@@ -33,8 +33,9 @@ from .completion import devices, dtypes, settings
     ),
     (
         "the paper's algorithm at 3 bits",
-        "epmq-gptq quantize ./merged --out merged-3bit --set bits=3 --set profile=paper \\\n"
-        "    --calibration '{file: mix.parquet, expert_column: task, samples: 128}'",
+        "epmq-gptq quantize ./merged --out merged-3bit \\\n"
+        "    --set bits=3 --set profile=paper \\\n"
+        "    --calibration '{file: mix.parquet, expert_column: task}'",
     ),
     (
         "write down what is known, to fill in the rest by hand",
