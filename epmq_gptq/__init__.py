@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .api import evaluate, explain, inspect, merge, methods, quantize
     from .config import EPMQConfig
     from .models.loading import load_clip
-    from .report import ModuleReport, QuantizationReport
     from .rows import RowSource
+    from .run_report import ModuleReport, QuantizationReport
 
 __version__ = "0.1.0"
 
@@ -67,9 +67,9 @@ def __getattr__(name: str):
 
         return load_clip
     if name in ("ModuleReport", "QuantizationReport"):
-        from . import report
+        from . import run_report
 
-        return getattr(report, name)
+        return getattr(run_report, name)
     if name == "RowSource":
         from .rows import RowSource
 

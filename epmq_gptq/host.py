@@ -43,7 +43,7 @@ from .preflight.runs import run_preflight
 from .preparing import planned, settle_alpha, trajectories_of
 from .processor import EPMQProcessor
 from .provenance import provenance
-from .report import QuantizationReport
+from .run_report import QuantizationReport
 from .saving import save_whole
 from .weighting import Weighting
 

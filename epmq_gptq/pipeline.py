@@ -27,7 +27,7 @@ from .tokens import EncodedCalibration, RowCounts
 
 if TYPE_CHECKING:
     from .linears import Linear
-    from .report import QuantizationReport
+    from .run_report import QuantizationReport
 
 DEVICES = ("cpu", "cuda")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .report import ModuleReport, QuantizationReport
+from .run_report import ModuleReport, QuantizationReport
 from .tokens import RowCounts
 
 # With more layers than this one line stands for all layers of a kind, unless `--full` is given.

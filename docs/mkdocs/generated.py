@@ -42,9 +42,7 @@ def prose(text: str) -> str:
     """Text of ours, in which backticks mark code, as Markdown."""
     parts = re.split(r"(``?[^`]+``?)", text)
     safe = str.maketrans({"<": "&lt;", "*": r"\*", "_": r"\_", "[": r"\["})
-    return "".join(
-        part if index % 2 else part.translate(safe) for index, part in enumerate(parts)
-    )
+    return "".join(part if index % 2 else part.translate(safe) for index, part in enumerate(parts))
 
 
 # ---- recipes and options -------------------------------------------------------------------------

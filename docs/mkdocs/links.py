@@ -45,11 +45,15 @@ def anchors(text: str) -> set[str]:
         if token.type != "heading_open":
             continue
         words = "".join(
-            child.content for child in inline.children or [] if child.type in ("text", "code_inline")
+            child.content
+            for child in inline.children or []
+            if child.type in ("text", "code_inline")
         )
         slug = re.sub(r"[^\w\- ]", "", words.strip().lower()).replace(" ", "-")
         found[slug] = found.get(slug, -1) + 1
-    return {slug if n == 0 else f"{slug}-{n}" for slug, last in found.items() for n in range(last + 1)}
+    return {
+        slug if n == 0 else f"{slug}-{n}" for slug, last in found.items() for n in range(last + 1)
+    }
 
 
 def fault(file: Path, target: str) -> str | None:
