@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .deltas import WeightDelta
-from .report import ExpertError
+from .run_report import ExpertError
 from .staging import Rows
 
 # Outputs of each layer that are looked at, evenly spaced.

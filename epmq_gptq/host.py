@@ -47,7 +47,7 @@ from .recorded.bundle import Bundle
 from .recorded.processor import RecordedProcessor
 from .recorded.recording import about_run
 from .recorded.requantize import check_linears
-from .report import QuantizationReport
+from .run_report import QuantizationReport
 from .saving import save_whole
 from .weighting import Weighting
 

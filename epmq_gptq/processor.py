@@ -32,8 +32,8 @@ from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
 from .experts import Experts
 from .phases import Phases
 from .recorded.recording import Recording, Watched
-from .report import ModuleReport
 from .residual import first_states
+from .run_report import ModuleReport
 from .solver import TargetSolver, check_merged
 from .statistics import GroupStatistics, TargetForm
 from .task import EPMQ

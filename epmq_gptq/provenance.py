@@ -18,7 +18,7 @@ from .experts import Expert, Experts
 from .folders import read_json
 from .lineage import read_lineage
 from .merging import RECORD_NAME as MERGE_RECORD
-from .report import QuantizationReport
+from .run_report import QuantizationReport
 
 SCHEMA = 1
 

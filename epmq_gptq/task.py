@@ -18,7 +18,7 @@ from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import check_finite
 from .kernels.factor import inverse_factor
-from .report import ModuleReport
+from .run_report import ModuleReport
 from .statistics import Moments
 from .target import gain
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..report import ExpertError
+from ..run_report import ExpertError
 from ..statistics import Moments
 from ..target import gain
 from .sums import ExpertSums, RecordedStatistics
