@@ -16,6 +16,7 @@ from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.merge import merge, methods
 from .commands.quantize import quantize
+from .commands.report import report
 from .commands.retention import retention
 from .recipe import recipe_help
 
@@ -52,7 +53,7 @@ def _root(
 
 
 app.command(epilog=_RECIPE_HELP)(quantize)
-for _command in (merge, inspect, evaluate, retention, methods, demo):
+for _command in (merge, inspect, evaluate, report, retention, methods, demo):
     app.command()(_command)
 
 

@@ -80,6 +80,13 @@ class JsonValues:
             raise self.refusal(key, "a whole number, 0 or more", value)
         return value
 
+    def integer(self, key: str) -> int:
+        """A whole number; one group for all columns has the size -1."""
+        value = self.values.get(key)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.refusal(key, "a whole number", value)
+        return value
+
     def number(self, key: str, *, least: float | None = None) -> float:
         """A finite number."""
         value = self.number_or_none(key, least=least)

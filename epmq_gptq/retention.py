@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EPMQInputError
-from .folders import read_json
+from .folders import list_folder, read_json
 from .json_values import JsonValues
 from .output import write_whole
 
@@ -104,10 +104,10 @@ def read_retention(folder: str | Path, name: str = FILE_NAME) -> Retention | Non
         None where there is no such file.
 
     Raises:
-        EPMQInputError: the file is not as :func:`write_retention` makes it.
+        EPMQInputError: the file is not as :func:`write_retention` makes it, or there is no folder.
     """
     folder = Path(folder)
-    if not (folder / name).exists():
+    if name not in list_folder(folder, f"`{folder.name}`"):
         return None
     content = read_json(folder, name, "the evaluation", max_bytes=_MAX_BYTES)
     values = JsonValues(content, file=name, remedy=_AGAIN)
