@@ -59,6 +59,24 @@ def moe(layers, routed):
     return names
 
 
+# What a stranger could call things so that a careless page would run it.
+HOSTILE = (
+    "<script>window.hit = 1</script>",
+    "</script><script>window.hit = 1</script>",
+    "<img src=x onerror='window.hit = 1'>",
+    "<a href='javascript:window.hit=1'>link</a><b>bold</b>",
+    '"onmouseover="window.hit=1" x="',
+    "{{ 7 * 7 }} ${7 * 7} %{x}",
+    "<!-- \u2028 \u202e &amp; \\ ' \" end",
+)
+
+
+def hostile():
+    """Modules, experts and options of a report all of whose texts are hostile."""
+    modules = [f"model.layers.{n}.{name}" for n in range(2) for name in HOSTILE]
+    return modules, list(HOSTILE), {"reason": HOSTILE[0], "source": HOSTILE[1], "exceptions": 3}
+
+
 def report(
     modules,
     experts,
@@ -69,6 +87,8 @@ def report(
     measured=True,
     rounding=1.0,
     exceptions=0,
+    reason="nothing was better on the held-out rows",
+    source="merged-7b",
 ):
     """A whole file's content.
 
@@ -77,6 +97,8 @@ def report(
         experts: names.
         rounding: factor of the rounding part; more for a plain run.
         exceptions: so many modules keep the merged weight.
+        reason: why they do.
+        source: what the merged model is called.
     """
     rng = random.Random(seed)
     tokens = {name: 8192 * (1 + place % 3) for place, name in enumerate(experts)}
@@ -128,7 +150,7 @@ def report(
                 excess=1.0 + rng.random(),
                 merge_excess=2.0,
                 seconds=0.4 + rng.random(),
-                reason="nothing was better on the held-out rows" if kept else "",
+                reason=reason if kept else "",
                 eta=1.0,
                 rho=1.0,
                 held_out_gain=None if kept else 3.0 + rng.random(),
@@ -153,7 +175,7 @@ def report(
             "anchor": "diagonal",
             "weighting": "equal",
             "versions": {"epmq_gptq": "0.1.0", "gptqmodel": "7.6.0", "torch": "2.13.0"},
-            "merged": {"source": "merged-7b", "revision": None, "sha256": "ab" * 32},
+            "merged": {"source": source, "revision": None, "sha256": "ab" * 32},
             "base": {"source": "org/base-7b", "revision": "0123456789abcdef", "sha256": "cd" * 32},
             "merge": {"method": "ties"},
             "experts": [

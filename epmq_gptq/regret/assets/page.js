@@ -517,11 +517,12 @@
     const turn = (step) => () => { page += step; fill(); by("modules").parentElement.scrollIntoView({ block: "nearest" }); };
     by("previous").addEventListener("click", turn(-1));
     by("next").addEventListener("click", turn(1));
-    by("size").addEventListener("input", () => { page = 0; fill(); });
+    by("size").addEventListener("change", () => { page = 0; fill(); });
     options("filter-expert", [["", "all"], ...data.experts.map((name, e) => [e, name])]);
     options("filter-target", [["", "all"], ...Array.from(new Set(data.modules.target), (one) => [one, target(one)])]);
     by("filter-worse").parentElement.hidden = !data.cells.change;
-    for (const id of ["filter", "filter-expert", "filter-target", "filter-worse"]) by(id).addEventListener("input", select);
+    by("filter").addEventListener("input", select);
+    for (const id of ["filter-expert", "filter-target", "filter-worse"]) by(id).addEventListener("change", select);
     select();
   }
   function options(id, pairs) {
@@ -542,9 +543,9 @@
     const after = data.by_expert.rounded || [];
     const worst = after.reduce((best, value, e) => (value != null && (best < 0 || value > after[best]) ? e : best), -1);
     if (worst >= 0) by("curve-expert").value = by("map-expert").value = String(worst);
-    for (const id of ["map-figure", "map-view", "map-expert"]) by(id).addEventListener("input", drawMap);
-    by("curve-expert").addEventListener("input", drawCurve);
-    by("worst-by").addEventListener("input", drawWorst);
+    for (const id of ["map-figure", "map-view", "map-expert"]) by(id).addEventListener("change", drawMap);
+    by("curve-expert").addEventListener("change", drawCurve);
+    by("worst-by").addEventListener("change", drawWorst);
   }
 
   const dark = matchMedia("(prefers-color-scheme: dark)");
