@@ -110,12 +110,12 @@
     Plotly.react(by(id), traces, layout(more), config);
   }
 
-  // Ticks that have room: positions of some of the labels, evenly chosen.
+  // Ticks that have room: the first place of each of some labels, evenly chosen.
   function ticks(labels, room, length) {
     const texts = labels.map((one) => cut(one, length));
-    const widest = Math.max(1, ...texts.map((one) => one.length));
-    const step = nice(labels.length * (widest * 7 + 14) / Math.max(room, 1));
-    const places = labels.map((_, place) => place).filter((place) => place % step === 0);
+    const firsts = labels.map((_, place) => place).filter((place) => !place || labels[place] !== labels[place - 1]);
+    const step = nice(firsts.length * (Math.max(1, widest(texts)) + 12) / Math.max(room, 1));
+    const places = firsts.filter((_, number) => number % step === 0);
     return { tickmode: "array", tickvals: places, ticktext: places.map((place) => safe(texts[place])), tickangle: 0 };
   }
   function nice(step) {
@@ -229,16 +229,23 @@
     }
     const gap = cols * rows.length > 3000 || cols > 100 ? 0 : 1;
     const row = Math.max(6, Math.min(30, 560 / rows.length));
+    // Names of experts under a map are all told, aslant where they have no room.
+    let below = ticks(labels, width("map"), narrow.matches ? 10 : 18), foot = 50;
+    if (name === "kinds" && below.tickvals.length < cols && cols < 60) {
+      const names = labels.map((one) => cut(one, 16));
+      below = { tickmode: "array", tickvals: names.map((_, place) => place), ticktext: names.map(safe), tickangle: -45 };
+      foot = 30 + Math.ceil(0.72 * widest(names));
+    }
     const shownRows = rows.map((one) => cut(one, narrow.matches ? 14 : 30));
     draw("map", [Object.assign({
       type: "heatmap", z: matrix, text, hovertemplate: "%{text}<extra></extra>", xgap: gap, ygap: gap,
       hoverongaps: false, colorbar: bar,
     }, colours)], {
-      height: Math.max(44, rows.length * row) + 126,
+      height: Math.max(44, rows.length * row) + 76 + foot,
       plot_bgcolor: colour("gap"),
-      margin: margins(shownRows, 76), annotations: under(title),
+      margin: { ...margins(shownRows, 76), b: foot }, annotations: under(title),
       xaxis: axis({ showgrid: false, zeroline: false, automargin: false,
-        range: [-0.5, cols - 0.5], ...ticks(labels, width("map"), narrow.matches ? 10 : 18) }),
+        range: [-0.5, cols - 0.5], ...below }),
       yaxis: axis({ showgrid: false, zeroline: false, range: [rows.length - 0.5, -0.5], ticks: "",
         automargin: false, tickmode: "array", ...every(shownRows, row) }),
     });
@@ -307,7 +314,7 @@
 
   // Bars from left to right, the first row on top; series: {name, colour, values, texts, hover}.
   function drawBars(id, rows, series, more) {
-    const room = narrow.matches ? 20 : 44;
+    const room = Math.max(20, Math.floor(by(id).clientWidth / 20));
     const traces = series.map((one) => ({
       type: "bar", orientation: "h", name: one.name, y: rows.map((_, place) => place), x: one.values,
       marker: { color: colour(one.colour) }, text: one.texts, textposition: one.texts ? "outside" : "none",
