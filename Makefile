@@ -7,12 +7,13 @@ READY := $(VENV)/.ready
 # Two OpenMP threads make GPTQ's column loop up to 10x slower on a busy machine.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test lint format test-serving bench-speed bench-quality bench-ablation clean
+.PHONY: help venv demo test lint format test-serving test-browser bench-speed bench-quality bench-ablation clean
 
 help:
 	@echo "make demo          train, merge and quantize small experts; print one table"
 	@echo "make test          the tests (no network, CPU)"
 	@echo "make test-serving  serve an E-PMQ checkpoint with real vLLM on the CPU"
+	@echo "make test-browser  the regret report in a headless Chromium"
 	@echo "make lint          ruff"
 	@echo "make bench-speed   time and memory against stock GPTQModel (40 minutes)"
 	@echo "make bench-ablation which part of E-PMQ pays: suites, mergers, bits, seeds (an hour)"
@@ -43,6 +44,10 @@ format: venv
 test-serving: venv
 	tests/serving/setup_env.sh
 	$(TEST_ENV) EPMQ_SERVING=1 $(BIN)/python -m pytest -q tests/serving $(ARGS)
+
+test-browser: venv
+	tests/browser/setup.sh
+	$(TEST_ENV) EPMQ_BROWSER=1 $(BIN)/python -m pytest -q tests/browser $(ARGS)
 
 bench-speed: venv
 	$(BIN)/python benchmarks/speed.py $(ARGS)

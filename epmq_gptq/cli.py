@@ -20,7 +20,9 @@ from .commands.explain import explain
 from .commands.inspect import inspect
 from .commands.merge import merge, methods
 from .commands.quantize import quantize
+from .commands.report import report
 from .commands.requantize import requantize
+from .commands.retention import retention
 from .exit_codes import ExitCode
 
 # UsageError, of click or of the copy of it that newer versions of typer bring along.
@@ -96,7 +98,10 @@ def _root(
     pass
 
 
-for _command in (quantize, requantize, merge, inspect, evaluate, methods, demo, explain):
+for _command in (
+    *(quantize, requantize, inspect, merge, methods),
+    *(evaluate, retention, report, demo, explain),
+):
     app.command(cls=Command)(_command)
 
 

@@ -162,12 +162,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     except Exception as error:
         if not _ran_full(error):
             raise
-        raise EPMQError(
-            f"the disk of `{target.name}` ran full; nothing was left there.",
-            code="EPMQ-F44",
-            subject=f"`{target.name}`",
-            remedy="Free some space or choose another disk, and try again.",
-        ) from error
+        raise _full_disk(target) from error
     finally:
         # Whatever stopped the run, an interrupt included, leaves nothing behind.
         shutil.rmtree(partial, ignore_errors=True)
@@ -175,6 +170,39 @@ def new_folder(target: Path) -> Iterator[Path]:
             for place in missing:
                 place.rmdir()
     shutil.rmtree(former, ignore_errors=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is whole or, if anything goes wrong, as it was before.
+
+    Raises:
+        EPMQError: the disk ran full.
+    """
+    partial = file.with_name(_hidden(file, "partial"))
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        os.replace(partial, file)
+    except OSError as error:
+        if _ran_full(error):
+            raise _full_disk(file) from error
+        raise EPMQInputError(
+            f"`{file.name}` cannot be written: {reason_of(error)}.",
+            code="EPMQ-F45",
+            subject=f"`{file.name}`",
+            remedy="Choose another place.",
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _full_disk(target: Path) -> EPMQError:
+    return EPMQError(
+        f"the disk of `{target.name}` ran full; nothing was left there.",
+        code="EPMQ-F44",
+        subject=f"`{target.name}`",
+        remedy="Free some space or choose another disk, and try again.",
+    )
 
 
 def _hidden(target: Path, state: str) -> str:

@@ -279,4 +279,6 @@ def test_a_wheel_holds_the_kernels(tmp_path):
     assert {f"epmq_gptq/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")} <= names
     ours = {str(file.relative_to(ROOT)) for file in (ROOT / "epmq_gptq").rglob("*.py")}
     assert ours <= names
+    assets = (ROOT / "epmq_gptq" / "regret" / "assets").iterdir()
+    assert {str(file.relative_to(ROOT)) for file in assets} <= names
     assert not any(name.startswith(("tests/", "kernels/", "benchmarks/")) for name in names)

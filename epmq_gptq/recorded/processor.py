@@ -108,7 +108,7 @@ def _missed(task: EPMQ, layer: RecordedLayer) -> EPMQNumericalError:
     return EPMQNumericalError(
         f"`{task.full_name}`: its statistics were not recorded: {layer.bad}",
         module=task.full_name,
-        code="EPMQ-F53",
+        code="EPMQ-F55",
         subject=f"module `{task.full_name}`",
         remedy='Set `on_bad_module="rtn"` to round such layers to nearest, or leave them out with '
         "`dynamic`.",

@@ -131,7 +131,7 @@ def recorded_config(
 def _check_recorded(bundle: Bundle, config: EPMQConfig) -> None:
     def refuse(option: str, cause: str, remedy: str) -> EPMQInputError:
         return EPMQInputError(
-            f"`{option}`: {cause}.", code="EPMQ-F53", subject=f"`{option}`", remedy=remedy
+            f"`{option}`: {cause}.", code="EPMQ-F55", subject=f"`{option}`", remedy=remedy
         )
 
     if config.chooses_alpha and not bundle.held_out:
@@ -175,7 +175,7 @@ def check_merge(bundle: Bundle, folder: Path) -> None:
         raise EPMQInputError(
             f"the merged model `{folder.name}` is not the one that the statistics are of: its "
             f"SHA-256 is {digest[:12]}…, theirs {str(wanted)[:12]}….",
-            code="EPMQ-F53",
+            code="EPMQ-F55",
             subject="the merged model",
             remedy=f"Give the weights of `{bundle.merged.get('source')}` as they were.",
         )
@@ -192,7 +192,7 @@ def check_linears(bundle: Bundle, linears: Sequence[Linear]) -> None:
         if group is None:
             raise EPMQInputError(
                 f"the statistics hold nothing of `{linear.name}`, which is to be quantized.",
-                code="EPMQ-F53",
+                code="EPMQ-F55",
                 subject=f"module `{linear.name}`",
                 remedy="Leave it out with `dynamic`, as the recorded run did.",
             )
@@ -201,7 +201,7 @@ def check_linears(bundle: Bundle, linears: Sequence[Linear]) -> None:
             raise EPMQInputError(
                 f"the statistics of `{linear.name}` are of {found[0]} outputs and {found[1]} "
                 f"inputs, it has {linear.outputs} and {linear.inputs}.",
-                code="EPMQ-F53",
+                code="EPMQ-F55",
                 subject=f"module `{linear.name}`",
                 remedy="Give the merge that they were recorded of.",
             )

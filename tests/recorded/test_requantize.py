@@ -235,8 +235,8 @@ def test_a_moe_and_biases_and_heads(tmp_path):
         (dict(experts={"a": "b"}), "EPMQ-O03", "`experts` cannot be changed"),
         (dict(leave_out=["nobody"]), "EPMQ-F21", "'nobody'"),
         (dict(leave_out=["expert0", "expert1", "expert2"]), "EPMQ-F20", "all experts"),
-        (dict(alpha="auto"), "EPMQ-F53", "held out"),
-        (dict(bias_refit=True), "EPMQ-F53", "bias is fitted to"),
+        (dict(alpha="auto"), "EPMQ-F55", "held out"),
+        (dict(bias_refit=True), "EPMQ-F55", "bias is fitted to"),
         (dict(bits=5.5), "EPMQ-F33", "`bits`"),
         (dict(expert_weights={"nobody": 2}), "EPMQ-F21", "nobody"),
     ],
@@ -250,7 +250,7 @@ def test_what_cannot_be_asked_of_statistics_is_refused(case, options, code, text
 def test_another_merge_is_refused(case):
     with pytest.raises(EPMQInputError, match="not the one that the statistics are of") as caught:
         requantize(case.folder / "paper", case.experts["expert0"], device="cpu")
-    assert caught.value.code == "EPMQ-F53"
+    assert caught.value.code == "EPMQ-F55"
     with pytest.raises(EPMQInputError, match="`merged` is missing"):
         requantize(case.folder / "paper", device="cpu")
 
