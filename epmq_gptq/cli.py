@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .commands.card import card
 from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.merge import merge, methods
+from .commands.push import push
 from .commands.quantize import quantize
 from .recipe import recipe_help
 
@@ -51,7 +53,7 @@ def _root(
 
 
 app.command(epilog=_RECIPE_HELP)(quantize)
-for _command in (merge, inspect, evaluate, methods, demo):
+for _command in (merge, inspect, evaluate, card, push, methods, demo):
     app.command()(_command)
 
 

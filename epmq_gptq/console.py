@@ -174,11 +174,17 @@ class Reporter:
             yield
 
     @contextlib.contextmanager
-    def exit_codes(self, on_error: Callable[[EPMQError], None] | None = None) -> Iterator[None]:
+    def exit_codes(
+        self,
+        on_error: Callable[[EPMQError], None] | None = None,
+        *,
+        interrupted: str = "no checkpoint was written.",
+    ) -> Iterator[None]:
         """Turn what goes wrong into one line and an exit code.
 
         Args:
             on_error: called with an error of ours before it is printed.
+            interrupted: what an interrupt leaves behind.
 
         Raises:
             SystemExit: 2 a mistake in the input, 3 numbers that cannot be trusted, 1 anything else,
@@ -200,7 +206,7 @@ class Reporter:
                 code = EXIT_NUMERICAL
             raise SystemExit(code) from None
         except KeyboardInterrupt:
-            self.error("interrupted; no checkpoint was written.")
+            self.error(f"interrupted; {interrupted}")
             raise SystemExit(EXIT_INTERRUPTED) from None
         except Exception as error:
             self._unexpected(error)
