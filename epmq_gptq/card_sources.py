@@ -196,7 +196,8 @@ def _says(declared: Declared | None) -> bool:
 
 
 def _called(part: Part) -> str:
-    return part.name if part.role == "expert" else f"the {part.role}"
+    whole = {"merged": "merged model", "adapter's base": f"base of {part.name}"}
+    return part.name if part.role == "expert" else f"the {whole.get(part.role, part.role)}"
 
 
 def _same(said: list[tuple[Part, Declared | None]], value: Callable[[Declared], Any]) -> Any:

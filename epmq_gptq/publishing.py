@@ -179,6 +179,9 @@ def _prepare(
     """Have the repository and the branch. Returns the branch's commit and its files."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    if "/" not in pushed.repo_id:
+        # Asked for by its name alone it could be one of the oldest models, which have no owner.
+        pushed.repo_id = f"{api.whoami()['name']}/{pushed.repo_id}"
     try:
         info = api.repo_info(pushed.repo_id)
     except RepositoryNotFoundError as error:
@@ -188,8 +191,7 @@ def _prepare(
                 "proposed to it",
                 "Correct the name, or leave `create_pr` out to make the repository.",
             ) from error
-        made = api.create_repo(pushed.repo_id, private=private, exist_ok=True)
-        pushed.repo_id = made.repo_id or pushed.repo_id
+        api.create_repo(pushed.repo_id, private=private, exist_ok=True)
         pushed.created.append("repository")
         info = api.repo_info(pushed.repo_id)
     if private and info.private is False:
