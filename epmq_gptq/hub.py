@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import EPMQInputError
+from .folders import CARD_NAME
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -129,6 +131,21 @@ def fetch(
         raise _refusal(asked, what, error) from error
     # A snapshot is named after its commit, whatever branch or tag was asked for.
     return Fetched(asked.repository, Path(folder).name, Path(folder))
+
+
+def fetch_card(fetched: Fetched) -> None:
+    """Put a repository's ``README.md`` into its snapshot: it says under which licence a model is.
+
+    A model works without: whatever keeps it from coming is left at that. It is not one of the
+    patterns of :func:`fetch`, or snapshots of earlier versions would count as incomplete.
+    """
+    if (fetched.folder / CARD_NAME).exists():
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+    with contextlib.suppress(OSError, ValueError, HTTPError, EntryNotFoundError):
+        hf_hub_download(fetched.repository, CARD_NAME, revision=fetched.commit)
 
 
 def listed_files(fetched: Fetched) -> set[str]:

@@ -27,6 +27,7 @@ class Repository:
     commits: dict[str, Path] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
 
     def find(self, revision: str) -> str | None:
         """The commit that a branch, a tag or a commit means."""
@@ -119,7 +120,7 @@ class Hub:
                 "id": name,
                 "modelId": name,
                 "sha": commit,
-                "private": False,
+                "private": repository.private,
                 "gated": "manual" if repository.gated else False,
                 "disabled": False,
                 "tags": [],
@@ -164,6 +165,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
+
+    def do_PUT(self) -> None:
+        self.answer()
+
+    def body(self) -> bytes:
+        """What came with the request; to be read before it is answered, or the next one starts
+        in the middle of it."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        content = b""
+        while size := int(self.rfile.readline().strip(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
 
     def log_message(self, *_) -> None:
         """The log is ``Hub.requests``."""

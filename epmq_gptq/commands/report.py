@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import Reporter
 from ..errors import EPMQInputError
-from ..targets import check_file
-from .common import Verbose, place
+from .common import Json, Quiet, Verbose, examples, place, running
 
 if TYPE_CHECKING:
+    from ..console import Reporter
     from ..regret import RunReport
     from ..retention import Retention
 
 PAGE_NAME = "epmq_report.html"
 
 
+@examples(
+    ("one page, from disk, without a network", "epmq-gptq report merged-4bit --open"),
+    (
+        "beside plain GPTQ of the same merge (quantized with `profile: gptq`)",
+        "epmq-gptq report merged-4bit --baseline merged-gptq --out report.html",
+    ),
+    ("the figures alone", "epmq-gptq report merged-4bit --json figures.json"),
+)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The quantized checkpoint.")],
     out: Annotated[
@@ -39,23 +45,17 @@ def report(
             help="File of `epmq-gptq retention`. Default epmq_evaluation.json of DIR, if there."
         ),
     ] = None,
-    json_report: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write the figures to this file; - for stdout."),
-    ] = None,
+    json_report: Json = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files of these names.")
     ] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Show what a run did to each expert, module by module: one HTML file that needs no network."""
-    reporter = Reporter(verbose=verbose)
-    is_piped = str(json_report) == "-"
-    console = reporter.out
-    if is_piped:
-        reporter.out = reporter.err
-    with reporter.exit_codes():
+    frame = running(json_report, quiet, verbose, interrupted="no report was written.")
+    with frame as command:
         from ..output import write_whole
         from ..regret import read_report, report_figures
         from ..regret.page import page_of
@@ -65,7 +65,7 @@ def report(
         page = None if out is None else place(out)
         if page is None and json_report is None:
             page = folder / PAGE_NAME
-        file = None if is_piped or json_report is None else place(json_report)
+        file = None if json_report is None or str(json_report) == "-" else place(json_report)
         _check_options(page, file, open_page)
         run = read_report(folder)
         other = None if baseline is None else read_report(place(baseline))
@@ -76,18 +76,14 @@ def report(
             if target is not None:
                 _check_place(target, option, [i for i in inputs if i], overwrite)
         document = report_figures(run, other, kept)
-        _note(reporter, run, other)
-        reporter.out.print(expert_table(document))
-        if is_piped:
-            console.print_json(data=document)
-        if file is not None:
-            write_whole(file, json.dumps(document, indent=1, allow_nan=False) + "\n")
-            reporter.step("figures", str(file))
+        _note(command.reporter, run, other)
+        command.show(expert_table(document))
         if page is not None:
             write_whole(page, page_of(document))
-            reporter.step("report", str(page))
-            if open_page:
-                typer.launch(page.resolve().as_uri())
+            command.reporter.step("page", str(page))
+        command.write(document)
+        if page is not None and open_page:
+            typer.launch(page.resolve().as_uri())
 
 
 def _check_options(page: Path | None, file: Path | None, open_page: bool) -> None:
@@ -117,6 +113,8 @@ def _check_options(page: Path | None, file: Path | None, open_page: bool) -> Non
 
 def _check_place(target: Path, option: str, inputs: list[Path], overwrite: bool) -> None:
     """Refuse a file that is there already, or that this command reads."""
+    from ..targets import check_file
+
     check_file(target, option)
     if any(target.exists() and source.exists() and target.samefile(source) for source in inputs):
         raise EPMQInputError(

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import Reporter
 from ..errors import EPMQInputError
-from .common import Verbose, pairs, place
+from .common import Json, Quiet, Verbose, examples, pairs, place, running
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,6 +16,19 @@ if TYPE_CHECKING:
     from ..retention import Retention
 
 
+@examples(
+    (
+        "each expert on the task of its name",
+        "epmq-gptq evaluate merged-4bit --suite text4 --json q.json\n"
+        "epmq-gptq evaluate ./math-expert --suite text4 --json math.json\n"
+        "epmq-gptq retention merged-4bit --quantized q.json --expert math=math.json",
+    ),
+    (
+        "tasks of lm-eval, beside the merge in full precision",
+        "epmq-gptq retention merged-4bit --quantized q.json --merged m.json \\\n"
+        "    --expert math=math.json --task math=gsm8k",
+    ),
+)
 def retention(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The quantized checkpoint.")],
     quantized: Annotated[Path, typer.Option(help="File of `epmq-gptq evaluate DIR --json FILE`.")],
@@ -41,13 +53,14 @@ def retention(
         list[str] | None,
         typer.Option(help="name=METRIC, where the task has several; default accuracy. Repeatable."),
     ] = None,
+    json_report: Json = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Say how much of every expert a quantized merge has kept, from evaluations of all of them.
 
     Writes epmq_evaluation.json into DIR, where `report` and the model card find it."""
-    reporter = Reporter(verbose=verbose)
-    with reporter.exit_codes():
+    with running(json_report, quiet, verbose, interrupted="nothing was written.") as run:
         from ..retention import EvaluationFile, combine, write_retention
 
         folder = place(folder)
@@ -69,11 +82,12 @@ def retention(
             tasks=pairs(task or [], "--task"),
             metrics=pairs(metric or [], "--metric"),
         )
-        reporter.out.print(retention_table(found))
+        run.show(retention_table(found))
         left = [name for name in known if name not in files]
         if left:
-            reporter.note(f"not evaluated: {', '.join(left)}")
-        reporter.step("retention", str(write_retention(folder, found)))
+            run.reporter.note(f"not evaluated: {', '.join(left)}")
+        run.reporter.step("retention", str(write_retention(folder, found)))
+        run.write(found.to_dict())
 
 
 def _experts_of(folder: Path) -> list[str]:
