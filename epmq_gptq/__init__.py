@@ -5,6 +5,10 @@ Importing this package makes ``EPMQConfig``, CLIP and T5 known to GPTQModel:
     model = GPTQModel.load("path/to/merged", EPMQConfig(experts={...}))
     model.quantize({"math": math_rows, "code": code_rows}, batch_size=4)
     model.save("merged-4bit")
+
+The commands of ``epmq-gptq`` are functions of the same names here, see ``epmq_gptq.api``:
+
+    epmq_gptq.quantize("recipe.yaml", out="merged-4bit", progress=True)
 """
 
 from typing import TYPE_CHECKING
@@ -13,10 +17,11 @@ from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
 from .on_import import when_host_is_imported
 
 if TYPE_CHECKING:
+    from .api import evaluate, explain, inspect, merge, methods, quantize
     from .config import EPMQConfig
     from .models.loading import load_clip
-    from .report import ModuleReport, QuantizationReport
     from .rows import RowSource
+    from .run_report import ModuleReport, QuantizationReport
 
 __version__ = "0.1.0"
 
@@ -30,14 +35,27 @@ __all__ = [
     "QuantizationReport",
     "RowSource",
     "__version__",
+    "evaluate",
+    "explain",
+    "inspect",
     "load_clip",
+    "merge",
+    "methods",
+    "quantize",
 ]
+
+# No submodule may bear one of these names: importing it would put it in the function's place.
+_COMMANDS = ("evaluate", "explain", "inspect", "merge", "methods", "quantize")
 
 when_host_is_imported()
 
 
 def __getattr__(name: str):
     # GPTQModel takes seconds to import; merging, the errors and `--help` do without it.
+    if name in _COMMANDS:
+        from . import api
+
+        return getattr(api, name)
     if name == "EPMQConfig":
         from .config import EPMQConfig
         from .host import install
@@ -49,11 +67,15 @@ def __getattr__(name: str):
 
         return load_clip
     if name in ("ModuleReport", "QuantizationReport"):
-        from . import report
+        from . import run_report
 
-        return getattr(report, name)
+        return getattr(run_report, name)
     if name == "RowSource":
         from .rows import RowSource
 
         return RowSource
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

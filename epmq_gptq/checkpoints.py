@@ -165,7 +165,8 @@ class _Stopped(Exception):
     """Hashing was given up."""
 
 
-def _file_digest(file: Path, stop: threading.Event | None = None) -> str:
+def file_digest(file: Path, stop: threading.Event | None = None) -> str:
+    """SHA-256 of a file, from memory where it has not changed; ``stop`` as in ``digest``."""
     state = file.stat()
     key = file, state.st_size, state.st_mtime_ns, state.st_ino
     if key not in _digests:
@@ -442,7 +443,7 @@ class Checkpoint:
         """
         total = hashlib.sha256()
         for file in sorted({info.file for info in self._tensors.values()}):
-            shard = _file_digest((self.path / file).resolve(), stop)
+            shard = file_digest((self.path / file).resolve(), stop)
             total.update(f"{file}:{shard};".encode())
         return total.hexdigest()
 

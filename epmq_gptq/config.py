@@ -24,7 +24,7 @@ from .config_checks import (
 )
 from .config_files import CONFIG_VERSION, known_options, options_of, parsed
 from .errors import EPMQInputError
-from .options import bad_option, parse_json, parse_yaml, write_yaml
+from .options import bad_option, is_count, parse_json, parse_yaml, write_yaml
 from .profiles import PROFILES
 from .target import ANCHORS
 from .weighting import WEIGHTINGS
@@ -51,6 +51,10 @@ _REFUSED = {
 }
 
 
+# What says how a run is carried out, not what it makes.
+_OF_A_RUN = ("allow_duplicates", "require_pinned", "save_statistics", "regret_rows")
+
+
 @dataclass
 class EPMQConfig(GPTQConfig):
     """Options of one E-PMQ run, on top of every option of GPTQModel's ``GPTQConfig``.
@@ -62,11 +66,13 @@ class EPMQConfig(GPTQConfig):
             PEFT model or a state dict, which is not copied. The order is the order in which they
             are folded. At least one.
         profile: values for ``alpha, eta, rho, anchor`` and ``bias_refit`` where they are left out:
-            ``"best"`` of our ablation (docs/method.md), or ``"paper"``: its algorithm and its
-            constants, α 0.01 for CLIP and T5, 1 for language models, 10 for merges made by WUDI.
+            ``"best"`` of our ablation (docs/method.md); ``"paper"``: its algorithm and its
+            constants, α 0.01 for CLIP and T5, 1 for language models, 10 for merges made by WUDI; or
+            ``"gptq"``: GPTQ of the merge, with the same report, to compare with.
         alpha: strength of the anchor to the merged weights, λ = alpha · tr(H) / d (eq. 13). Large
             values (1e7) give plain GPTQ of the merge; 0 is allowed only where every Gram has full
-            rank. ``"auto"`` chooses one for every shared input by rows that are held out.
+            rank. ``"auto"`` chooses one for every shared input by rows that are held out;
+            ``"gptq"`` rounds the merge itself, with GPTQ's damping.
         eta: share of each expert's own activations in the target, 0 to 1: ``W_i (η z + (1 − η) x)``
             with z from a full-precision pass of expert i over its own rows. 0 is the paper.
         rho: where a layer writes to the residual stream, share of the gap to the expert's stream
@@ -96,6 +102,11 @@ class EPMQConfig(GPTQConfig):
             weights, target or scales, a curvature that is not positive definite): ``"raise"`` stops
             the run; ``"rtn"`` rounds that module's merged weight to nearest and records it.
             Non-finite *merged* weights always stop the run.
+        regret_rows: calibration rows per expert and layer that the report's figures per expert are
+            from, about (256); 0 for none. They are kept until the layer is rounded.
+        save_statistics: keep what the calibration says of every layer, expert by expert, with the
+            checkpoint, so that it can be quantized anew without rows or forward passes; see
+            docs/statistics.md. Half precision, in this run as well.
 
     In a mixture of experts, a routed module that fewer tokens reach than ``fallback.threshold``
     (the host's, 0.5 % of all tokens) keeps the merged weight as its target.
@@ -126,6 +137,8 @@ class EPMQConfig(GPTQConfig):
     allow_duplicates: bool = field(default=False)
     require_pinned: bool = field(default=False)
     on_bad_module: str = field(default="raise", metadata={"choices": ["raise", "rtn"]})
+    regret_rows: int = field(default=256)
+    save_statistics: bool = field(default=False)
 
     def __post_init__(self) -> None:
         self.experts = check_experts(self.experts)
@@ -210,9 +223,11 @@ class EPMQConfig(GPTQConfig):
         ):
             raise bad_option("base", "a folder or a hub id", self.base)
         self.base = None if self.base is None else str(self.base)
-        for name in ("allow_duplicates", "require_pinned"):
+        for name in ("allow_duplicates", "require_pinned", "save_statistics"):
             if not isinstance(getattr(self, name), bool):
                 raise bad_option(name, "True or False", getattr(self, name))
+        if self.regret_rows != 0 and not is_count(self.regret_rows):
+            raise bad_option("regret_rows", "0 or a positive integer", self.regret_rows)
 
     def _check_weighting(self) -> None:
         if self.weighting not in WEIGHTINGS:
@@ -247,6 +262,14 @@ class EPMQConfig(GPTQConfig):
                 self.data_free,
                 "Give calibration rows for at least one: activations must come from somewhere.",
                 code="EPMQ-F22",
+            )
+        if self.data_free and self.save_statistics:
+            raise EPMQInputError(
+                "`save_statistics` cannot go with `data_free`: a Gram made of a task vector is no "
+                "sum over calibration rows.",
+                code="EPMQ-O03",
+                subject="`save_statistics`",
+                remedy="Give all experts rows, or leave out one of the two.",
             )
         if self.data_free and self.base is None:
             raise EPMQInputError(
@@ -296,7 +319,7 @@ class EPMQConfig(GPTQConfig):
                 )
 
     def alpha_for(self, module: str) -> float | str:
-        """The alpha of the linear layer with this full name; ``"auto"`` is one."""
+        """The alpha of the linear layer with this full name; ``"auto"``, ``"gptq"`` are some."""
         for pattern, alpha in self.alpha_pattern.items():
             if pattern_matches(pattern, module):
                 return alpha
@@ -311,6 +334,19 @@ class EPMQConfig(GPTQConfig):
         folder = getattr(self, "_offload_temp_dir", None)
         if folder is not None:
             folder.cleanup()
+
+    def settled_options(self) -> dict[str, Any]:
+        """:meth:`to_options` with what the profile filled in, and without places.
+
+        What statistics that are kept were made with: models and folders are named elsewhere.
+        """
+        options = self.to_options()
+        # Written out even where they are the defaults of today.
+        names = ("bits", "group_size", "sym", "desc_act", "weighting", *self.left_open)
+        options |= {name: getattr(self, name) for name in names}
+        for name in ("experts", "base", "profile", "epmq_config_version", *_OF_A_RUN):
+            options.pop(name, None)
+        return options
 
     # ---- standard GPTQ checkpoint --------------------------------------------------------------
 

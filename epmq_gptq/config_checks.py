@@ -82,10 +82,10 @@ def number(value: Any, option: str, code: str = "EPMQ-O01") -> float:
 
 
 def check_alpha(value: Any, option: str, *, auto: bool = False) -> float | str:
-    """An alpha, from 0 to so large that only the anchor is left; or ``"auto"`` if allowed."""
+    """An alpha, from 0 to so large that only the anchor is left; or one of the words if allowed."""
     if auto and isinstance(value, str):
-        if value != "auto":
-            raise bad_option(option, 'a number or "auto"', value, code="EPMQ-F28")
+        if value not in ("auto", "gptq"):
+            raise bad_option(option, 'a number, "auto" or "gptq"', value, code="EPMQ-F28")
         return value
     alpha = number(value, option, "EPMQ-F28")
     if alpha > LARGEST_ALPHA:

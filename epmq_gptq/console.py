@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import signal
 import sys
@@ -17,13 +18,15 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .errors import EPMQError, EPMQInputError, EPMQNumericalError, EPMQWarning
+from .errors import EPMQError, EPMQWarning
+from .exit_codes import ExitCode
 
-EXIT_FAILED, EXIT_INPUT, EXIT_NUMERICAL, EXIT_INTERRUPTED = 1, 2, 3, 130
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # Without a terminal rich assumes 80 columns and would break the summary table.
 _PLAIN_WIDTH = 140
@@ -93,11 +96,22 @@ class Reporter:
 
     Args:
         verbose: let the host speak, and show tracebacks.
+        quiet: say nothing of the course of the run; warnings, errors and results stay.
+        piped: stdout is for a machine, which gets the result; the course of the run goes to stderr.
+
+    Attributes:
+        out: the course of the run.
+        result: what was asked for, such as the table of ``inspect``, for people.
+        err: warnings and errors.
+        stdout: the stream itself, for what is no text for people.
     """
 
-    def __init__(self, *, verbose: bool = False):
-        self.verbose = verbose
-        self.out = _console(sys.stdout)
+    def __init__(self, *, verbose: bool = False, quiet: bool = False, piped: bool = False):
+        self.verbose, self.quiet, self.piped = verbose, quiet, piped
+        self.stdout: TextIO = sys.stdout
+        people = sys.stderr if piped else sys.stdout
+        self.out = _console(people, quiet=quiet)
+        self.result = _console(people, quiet=piped)
         self.err = _console(sys.stderr)
         self.host = HostOutput()
         self._interrupted = threading.Event()
@@ -148,12 +162,20 @@ class Reporter:
 
     def note(self, message: str) -> None:
         """A line on stderr that is no error."""
+        if self.quiet:
+            return
         self.err.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def quiet_host(self) -> Iterator[None]:
-        """:func:`captured` into ``self.host``, unless verbose."""
-        with contextlib.nullcontext() if self.verbose else captured(self.host):
+        """:func:`captured` into ``self.host``; with verbose it speaks, on stderr if ``piped``."""
+        if not self.verbose:
+            heard = captured(self.host)
+        elif self.piped:
+            heard = contextlib.redirect_stdout(sys.stderr)
+        else:
+            heard = contextlib.nullcontext()
+        with heard:
             yield
 
     @contextlib.contextmanager
@@ -174,42 +196,41 @@ class Reporter:
             yield
 
     @contextlib.contextmanager
-    def exit_codes(self, on_error: Callable[[EPMQError], None] | None = None) -> Iterator[None]:
+    def exit_codes(self, on_error: Callable[[BaseException], None] | None = None) -> Iterator[None]:
         """Turn what goes wrong into one line and an exit code.
 
         Args:
-            on_error: called with an error of ours before it is printed.
+            on_error: called with what was raised before it is printed.
 
         Raises:
-            SystemExit: 2 a mistake in the input, 3 numbers that cannot be trusted, 1 anything else,
-                130 an interrupt.
+            SystemExit: with one of :class:`~epmq_gptq.exit_codes.ExitCode`.
         """
         try:
             with self._remembered_interrupts(), self._own_warnings():
                 yield
-        except EPMQError as error:
-            if self.verbose:
-                self._traceback()
+        except BrokenPipeError as error:
+            silence(self.stdout)
+            raise SystemExit(ExitCode.of(error)) from None
+        except (Exception, KeyboardInterrupt) as error:
             if on_error is not None:
                 on_error(error)
+            self._failed(error)
+            raise SystemExit(ExitCode.of(error)) from None
+
+    def _failed(self, error: BaseException) -> None:
+        if isinstance(error, EPMQError):
+            if self.verbose:
+                self._traceback()
             self.error(str(error), error.code)
-            code = EXIT_FAILED
-            if isinstance(error, EPMQInputError):
-                code = EXIT_INPUT
-            elif isinstance(error, EPMQNumericalError):
-                code = EXIT_NUMERICAL
-            raise SystemExit(code) from None
-        except KeyboardInterrupt:
+        elif isinstance(error, KeyboardInterrupt):
             self.error("interrupted; no checkpoint was written.")
-            raise SystemExit(EXIT_INTERRUPTED) from None
-        except Exception as error:
+        else:
             self._unexpected(error)
-            raise SystemExit(EXIT_FAILED) from None
 
     def _traceback(self) -> None:
         self.err.print(traceback.format_exc(), markup=False, highlight=False, soft_wrap=True)
 
-    def _unexpected(self, error: Exception) -> None:
+    def _unexpected(self, error: BaseException) -> None:
         name = type(error).__name__
         if self.verbose:
             self._traceback()
@@ -223,43 +244,72 @@ class Reporter:
             self.note(f"  GPTQModel: {line}")
 
 
-def _console(stream) -> Console:
-    console = Console(file=stream)
+class _Stream(Console):
+    """A console of a command that ends quietly when nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        silence(self.file)
+        raise SystemExit(ExitCode.BROKEN_PIPE)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is still to be flushed go nowhere: Python would complain of it when it ends."""
+    with contextlib.suppress(OSError, ValueError):  # no file: a test's, a notebook's
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _console(stream: TextIO, *, quiet: bool = False) -> Console:
+    # A notebook's rich would show every line as a table of its own.
+    console = _Stream(file=stream, quiet=quiet, force_jupyter=False)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
     return console
 
 
 class StepProgress:
-    """A bar on a terminal, and about ten plain lines elsewhere.
+    """A bar on a terminal, and about ten plain lines elsewhere; both say how much time is left.
 
     Args:
-        reporter: where to; with its ``verbose`` there is no bar that the host's log would tear.
+        reporter: where to; with its ``verbose`` there is no bar that the host's log would tear,
+            and with its ``quiet`` there is nothing.
         name: what is being done.
         total: of the steps.
         unit: what a step is.
+        work: of all steps together, in the unit of :meth:`advance`; default: a step is as much as
+            any other.
     """
 
-    def __init__(self, reporter: Reporter, name: str, total: int, unit: str):
+    def __init__(
+        self, reporter: Reporter, name: str, total: int, unit: str, work: float | None = None
+    ):
         self._reporter, self._name, self._total, self._unit = reporter, name, total, unit
-        self._start = time.perf_counter()
+        self._left = TimeLeft(float(total) if work is None else work)
         self._done = self._printed = 0
-        self._printed_at = self._start
+        self._printed_at = self._left.start
         self._bar: Progress | None = None
-        if reporter.out.is_terminal and not reporter.verbose:
-            self._bar = Progress(
-                TextColumn(f"{name:<12}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
-                TimeElapsedColumn(),
-                TextColumn("{task.description}", markup=False),
-                console=reporter.out,
-                # rich would put back the streams that quiet_host has taken away.
-                redirect_stdout=False,
-                redirect_stderr=False,
-                transient=True,
-            )
-            self._task = self._bar.add_task("", total=total)
+        if reporter.out.is_terminal and not reporter.verbose and not reporter.quiet:
+            self._bar = self._new_bar()
+            self._task = self._bar.add_task("", total=total, left="")
+
+    def _new_bar(self) -> Progress:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        return Progress(
+            TextColumn(f"{self._name:<12}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} " + self._unit),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.description}", markup=False),
+            console=self._reporter.out,
+            # rich would put back the streams that quiet_host has taken away.
+            redirect_stdout=False,
+            redirect_stderr=False,
+            transient=True,
+        )
 
     def __enter__(self) -> StepProgress:
         if self._bar is not None:
@@ -270,21 +320,58 @@ class StepProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, steps: int, what: str) -> None:
-        """``steps`` more are done; ``what`` says where we are."""
+    def advance(self, steps: int, what: str, work: float | None = None) -> None:
+        """``steps`` more are done, which were ``work``; ``what`` says where we are."""
         self._reporter.check_interrupt()
         self._done += steps
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=what)
-            return
         now = time.perf_counter()
+        seconds = self._left.after(steps if work is None else work, now)
+        left = "" if seconds is None or self._done >= self._total else f"{spoken(seconds)} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, description=what, left=left)
+            return
         is_due = (
             self._done - self._printed >= self._total / _PLAIN_LINES
             and now - self._printed_at >= _PLAIN_SECONDS
         )
         if is_due or self._done >= self._total:
             self._printed, self._printed_at = self._done, now
+            told = [spoken(now - self._left.start), *([left] if left else []), what]
             self._reporter.step(
-                self._name,
-                f"{self._done}/{self._total} {self._unit}, {now - self._start:.0f} s, {what}",
+                self._name, f"{self._done}/{self._total} {self._unit}, {', '.join(told)}"
             )
+
+
+class TimeLeft:
+    """How long the rest of some work takes, by the pace so far.
+
+    What comes before the first step is done (checks, the first layer's inputs) says nothing of the
+    pace, so time is counted from then on.
+
+    Args:
+        work: all of it, in any unit.
+    """
+
+    def __init__(self, work: float):
+        self._work, self._done = work, 0.0
+        self.start = time.perf_counter()
+        self._first: tuple[float, float] | None = None
+
+    def after(self, work: float, now: float) -> float | None:
+        """Seconds that are left when ``work`` more is done at ``now``; None at the first call."""
+        self._done += work
+        if self._first is None:
+            self._first = self._done, now
+            return None
+        done, since = self._first
+        if self._done <= done:
+            return None
+        pace = (now - since) / (self._done - done)
+        return max(0.0, pace * (self._work - self._done))
+
+
+def spoken(seconds: float) -> str:
+    """A duration as a person would say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

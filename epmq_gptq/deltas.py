@@ -41,6 +41,13 @@ class WeightDelta(NamedTuple):
             B, A = self.low_rank
             D.addmm_(B, A @ H)
 
+    def thinned(self, step: int) -> WeightDelta:
+        """The difference of every ``step``-th output."""
+        if step == 1:
+            return self
+        low_rank = None if self.low_rank is None else (self.low_rank[0][::step], self.low_rank[1])
+        return WeightDelta(None if self.dense is None else self.dense[::step], low_rank)
+
     def outputs(self, X: torch.Tensor) -> torch.Tensor:
         """``X (dense + B A)ᵀ: (n, out)`` of ``X: (n, d)``, as ``(X Aᵀ) Bᵀ``."""
         found = None if self.dense is None else X @ self.dense.t()

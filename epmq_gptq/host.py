@@ -40,10 +40,14 @@ from .options import exists
 from .phases import Phases, peak_memory
 from .preflight import Preflight
 from .preflight.runs import run_preflight
-from .preparing import planned, settle_alpha, trajectories_of
+from .preparing import planned, recording_of, settle_alpha, trajectories_of
 from .processor import EPMQProcessor
-from .provenance import provenance
-from .report import QuantizationReport
+from .provenance import provenance, requantized
+from .recorded.bundle import Bundle
+from .recorded.processor import RecordedProcessor
+from .recorded.recording import about_run
+from .recorded.requantize import check_linears
+from .run_report import QuantizationReport
 from .saving import save_whole
 from .weighting import Weighting
 
@@ -276,6 +280,8 @@ def quantize_with_experts(
     _check_host_options(host_options)
     check_architecture(model)
     check_head(model)
+    if isinstance(calibration, Bundle):
+        return _quantize_recorded(model, calibration, backend, start)
     # Opened now, though only its digest is wanted at the end: what cannot be described is refused
     # before the work, not after it.
     merged = Checkpoint(str(model.model_local_path), what="the merged model")
@@ -298,11 +304,14 @@ def quantize_with_experts(
         dtype_bytes=next(model.model.parameters()).dtype.itemsize,
     )
     trajectories = trajectories_of(model, merged, experts, plan, linears, phases)
+    weighting = Weighting(config.weighting, plan.tokens, config.expert_weights, config.data_free)
+    recording = recording_of(config, experts, weighting, linears, trajectories is not None)
     processor = EPMQProcessor(
         plan=plan,
         experts=experts,
         trajectories=trajectories,
-        weighting=Weighting(config.weighting, plan.tokens, config.expert_weights, config.data_free),
+        recording=recording,
+        weighting=weighting,
         is_routed=model.is_moe_module,
         phases=phases,
         tokenizer=model.tokenizer,
@@ -313,23 +322,92 @@ def quantize_with_experts(
     try:
         with hashing_meanwhile([merged, *experts.checkpoints]):
             log = _loop(model, processor, backend, device)
+    except BaseException:
+        if recording is not None:
+            recording.recorder.close()
+        raise
     finally:
         experts.close()
         if trajectories is not None:
             trajectories.close()
     report = _report(processor, linears, checked)
-    report.seconds = time.perf_counter() - start
-    timer = getattr(model, "quant_region_timer", None)
-    report.phases = phases.result(report.seconds, timer.snapshot() if timer else None)
-    report.peak_memory = peak_memory(device)
+    _finish(model, report, phases, start, device)
     report.provenance = provenance(merged, config, experts, report)
+    config.meta["epmq"] = report.provenance
+    model.epmq_report = report
+    if recording is not None:
+        dtype = next(model.model.parameters()).dtype
+        recording.recorder.finish(about_run(report, config.settled_options(), dtype))
+        model.epmq_statistics = recording.recorder
+    return {**log, "epmq": report}
+
+
+def _quantize_recorded(model: BaseQModel, bundle: Bundle, backend, start: float) -> dict[str, Any]:
+    """The same from statistics that an earlier run kept: nothing is run, only solved and rounded.
+
+    Args:
+        bundle: in the place of calibration rows; its experts of the configuration's names count.
+        start: when the call began.
+    """
+    config: EPMQConfig = model.quantize_config
+    model.epmq_sources = {
+        "merged model": Path(str(model.model_local_path)),
+        "statistics": bundle.folder,
+    }
+    linears = list(quantizable_linears(model))
+    check_linears(bundle, linears)
+    names = list(config.experts)
+    tokens = {name: bundle.tokens[name] for name in names}
+    device = getattr(config.device, "value", None) or str(config.device or "cpu")
+    phases = Phases(device)
+    processor = RecordedProcessor(
+        bundle=bundle,
+        names=names,
+        experts=None,
+        weighting=Weighting(config.weighting, tokens, config.expert_weights),
+        is_routed=model.is_moe_module,
+        phases=phases,
+        tokenizer=model.tokenizer,
+        qcfg=config,
+        batch_size=1,
+    )
+    phases.add("prepare", time.perf_counter() - start)
+    others = model.subset_callback
+
+    def solve_first(*, stage: str, module_names: list[str], **event) -> None:
+        # The host's last word on its main thread before the workers round.
+        if stage == "quant_start":
+            processor.solve_subset(module_names)
+        if others is not None:
+            others(stage=stage, module_names=module_names, **event)
+
+    model.subset_callback = solve_first
+    try:
+        log = _loop(model, processor, backend, device)
+    finally:
+        model.subset_callback = others
+    report = _report(processor, linears, None)
+    report.rows = {name: bundle.index["rows"].get(name, 0) for name in names}
+    report.tokens = tokens
+    _finish(model, report, phases, start, device)
+    report.provenance = requantized(bundle.index, config, report)
     config.meta["epmq"] = report.provenance
     model.epmq_report = report
     return {**log, "epmq": report}
 
 
+def _finish(
+    model: BaseQModel, report: QuantizationReport, phases: Phases, start: float, device: str
+) -> None:
+    """Where the time and the memory of a run went."""
+    report.seconds = time.perf_counter() - start
+    timer = getattr(model, "quant_region_timer", None)
+    report.phases = phases.result(report.seconds, timer.snapshot() if timer else None)
+    report.peak_memory = peak_memory(device)
+
+
 def _report(
-    processor: EPMQProcessor, linears: list[Linear], checked: Preflight
+    processor: EPMQProcessor, linears: list[Linear], checked: Preflight | None
 ) -> QuantizationReport:
     order = {linear.name: index for index, linear in enumerate(linears)}
     plan, trajectories = processor.plan, processor.trajectories
@@ -338,7 +416,7 @@ def _report(
         rows=plan.rows,
         tokens=plan.tokens,
         calibration=plan.calibration,
-        preflight=checked.to_dict(),
+        preflight={} if checked is None else checked.to_dict(),
         shared_groups=processor.shared_groups,
         shared_layers=processor.shared_layers,
         left={} if trajectories is None else {n: str(e) for n, e in trajectories.left.items()},

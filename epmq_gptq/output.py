@@ -104,8 +104,19 @@ def check_writable(target: Path, *, option: str = "out") -> None:
         ) from error
 
 
-def check_space(target: Path, needed: int) -> None:
+def check_space(
+    target: Path,
+    needed: int,
+    *,
+    option: str = "out",
+    remedy: str = "Free some space or choose another disk.",
+) -> None:
     """Refuse a disk on which less than ``needed`` bytes are free.
+
+    Args:
+        target: absolute; something on the disk.
+        needed: bytes.
+        option, remedy: what the error says.
 
     Raises:
         EPMQInputError: naming both numbers.
@@ -114,10 +125,10 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise EPMQInputError(
-            f"`out` should be on a disk with {needed:,} bytes free, got {free:,}.",
+            f"`{option}` should be on a disk with {needed:,} bytes free, got {free:,}.",
             code="EPMQ-F44",
-            subject="`out`",
-            remedy="Free some space or choose another disk.",
+            subject=f"`{option}`",
+            remedy=remedy,
         )
 
 
@@ -137,7 +148,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        for file in [*partial.iterdir(), partial]:
+        for file in [*partial.rglob("*"), partial]:
             _sync(file)
         if target.exists():
             os.replace(target, former)

@@ -22,6 +22,7 @@ PHASES = (
     "expert_reading",
     "gram",
     "fold",
+    "deviation",
     "alpha",
     "solve",
     "round",

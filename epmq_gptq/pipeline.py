@@ -7,9 +7,10 @@ first, the merge next, the model last.
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ from .row_sets import RowSet, read_calibration
 from .tokens import EncodedCalibration, RowCounts
 
 if TYPE_CHECKING:
-    from .report import QuantizationReport
+    from .linears import Linear
+    from .run_report import QuantizationReport
 
 DEVICES = ("cpu", "cuda")
 
@@ -113,8 +115,36 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
                 # What the merged folder says of itself comes first.
                 report.provenance.setdefault("merge", lineage)
             reporter.step("save", str(options.out))
-            model.save(str(out), overwrite=options.overwrite)
+            keeps = contextlib.closing(model.epmq_statistics) if config.save_statistics else None
+            with keeps or contextlib.nullcontext():
+                model.save(str(out), overwrite=options.overwrite)
     return RunResult(report, rows.counts)
+
+
+def run_document(recipe: Recipe, out: Path, result: RunResult) -> dict[str, Any]:
+    """All numbers of a run as plain data; of the checkpoint only its name, of rows none."""
+    options = recipe.to_options()
+    options["calibration"] = _without_rows(options["calibration"])
+    return {
+        "recipe": options,
+        "checkpoint": out.name,
+        "cut_rows": {name: rows.cut for name, rows in result.rows.items()},
+        "report": result.report.to_dict(),
+    }
+
+
+def _without_rows(block: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's calibration; rows that were given in Python are nobody else's to read."""
+
+    def public(source: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: "given in Python" if k == "rows" else v for k, v in source.items()}
+
+    if isinstance(block.get("expert_column"), str):
+        return public(block)
+    return {
+        name: [public(source) for source in each] if isinstance(each, list) else each
+        for name, each in block.items()
+    }
 
 
 def choose_device(wanted: str | None) -> str:
@@ -307,12 +337,15 @@ def _quantize(
 ) -> QuantizationReport:
     from .model_linears import quantizable_linears
 
-    total = sum(1 for _ in quantizable_linears(model))
-    with StepProgress(reporter, "quantize", total, "modules") as progress:
+    linears = list(quantizable_linears(model))
+    work = work_of_kinds(linears)
+    total = sum(work[kind_of(each.name)] for each in linears)
+    with StepProgress(reporter, "quantize", len(linears), "modules", total) as progress:
 
         def subset_event(*, stage: str, layer_idx: int, module_names: list[str], **_) -> None:
             if stage == "quant_complete":
-                progress.advance(len(module_names), f"layer {layer_idx}")
+                done = sum(work.get(name, total / len(linears)) for name in module_names)
+                progress.advance(len(module_names), f"layer {layer_idx}", done)
 
         # The host calls this whenever a group of modules of a layer has been rounded.
         model.subset_callback = subset_event
@@ -321,3 +354,21 @@ def _quantize(
         finally:
             model.subset_callback = None
     return result["epmq"]
+
+
+def kind_of(module: str) -> str:
+    """The name of a module within its layer, which is how the host calls it."""
+    return re.split(r"\.\d+\.", module, maxsplit=1)[-1]
+
+
+def work_of_kinds(linears: Sequence[Linear]) -> dict[str, float]:
+    """Kind of module → what one of it costs, in any unit; for the estimate of the time left.
+
+    Gram, target and rounding all cost about inputs · (inputs + outputs): per token the first two,
+    per column the last.
+    """
+    costs: dict[str, list[int]] = {}
+    for each in linears:
+        cost = each.inputs * (each.inputs + each.outputs)
+        costs.setdefault(kind_of(each.name), []).append(cost)
+    return {kind: sum(each) / len(each) for kind, each in costs.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 from gptqmodel.models.base import BaseQModel
@@ -14,12 +16,16 @@ from .errors import EPMQInputError, EPMQWarning
 from .experts import Experts
 from .inputs import input_rules
 from .linears import Linear
+from .output import check_space
 from .phases import Phases
+from .preflight.estimates import recorded
 from .profiles import paper_alpha
 from .provenance import merge_record
+from .recorded.recording import Recording
 from .row_sets import read_calibration
 from .tokens import EncodedCalibration
 from .trajectories import ExpertTrajectories
+from .weighting import Weighting
 
 
 def planned(
@@ -127,3 +133,32 @@ def trajectories_of(
         )
         config.eta = config.rho = 0.0
         return None
+
+
+def recording_of(
+    config: EPMQConfig,
+    experts: Experts,
+    weighting: Weighting,
+    linears: list[Linear],
+    runs_experts: bool,
+) -> Recording | None:
+    """What keeps the statistics, if they are to be kept; they wait in the temporary folder.
+
+    Raises:
+        EPMQInputError: its disk is too small for them.
+    """
+    if not config.save_statistics:
+        return None
+    parts = len(experts.names) * (2 if config.chooses_alpha else 1)
+    check_space(
+        Path(tempfile.gettempdir()) / "statistics",
+        recorded(linears, parts),
+        option="save_statistics",
+        remedy="Free some space, or set the variable TMPDIR to a folder on another disk.",
+    )
+    return Recording(
+        experts.names,
+        weighting,
+        lambda layer, expert, W_m: experts.delta(expert, layer, W_m),
+        lacks=not runs_experts and not config.bias_refit,
+    )

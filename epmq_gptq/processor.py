@@ -13,6 +13,7 @@ import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,13 @@ from gptqmodel.models.base import BaseQModel
 from .calibration import CalibrationPlan
 from .config import EPMQConfig
 from .deltas import WeightDelta
+from .deviation import LayerWatch, RowSample, sampled_rows
 from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
 from .experts import Experts
 from .phases import Phases
-from .report import ModuleReport
+from .recorded.recording import Recording, Watched
 from .residual import first_states
+from .run_report import ModuleReport
 from .solver import TargetSolver, check_merged
 from .statistics import GroupStatistics, TargetForm
 from .task import EPMQ
@@ -63,11 +66,12 @@ class EPMQProcessor(GPTQProcessor):
     """The host's GPTQ processor, with expert-guided statistics and targets.
 
     Args:
-        plan: the batches and the expert of each.
+        plan: the batches and the expert of each; none where nothing is run.
         experts: the experts' weights, already bound to the model's linear layers.
         weighting: β_i of every expert.
         is_routed: whether a module's full name is that of a routed (mixture-of-experts) module.
         trajectories: the experts' own passes; None where no target needs them.
+        recording: keeps the sums of every expert; None where they are not kept.
         phases: where the time is counted.
         host_arguments: what ``GPTQProcessor`` takes besides the calibration data.
     """
@@ -80,11 +84,12 @@ class EPMQProcessor(GPTQProcessor):
         weighting: Weighting,
         is_routed: Callable[[str], bool],
         trajectories: ExpertTrajectories | None = None,
+        recording: Recording | None = None,
         phases: Phases | None = None,
         **host_arguments,
     ):
         super().__init__(
-            calibration=plan,
+            calibration=plan if len(plan) else None,
             prepare_dataset_func=lambda **_: plan.host_batches,
             calibration_concat_size=None,
             calibration_sort=None,
@@ -96,6 +101,7 @@ class EPMQProcessor(GPTQProcessor):
         self.weighting = weighting
         self.is_routed = is_routed
         self.trajectories = trajectories
+        self.recording = recording
         self.phases = phases or Phases()
         config: EPMQConfig = self.qcfg
         own = trajectories is not None
@@ -111,6 +117,7 @@ class EPMQProcessor(GPTQProcessor):
             all_tokens=lambda: self.total_calibration_tokens,
             phases=self.phases,
         )
+        self._batches = Counter(plan.experts)  # expert -> batches
         self._streams = threading.local()  # tap -> r of the batch that this thread runs
         self._taps: list[torch.utils.hooks.RemovableHandle] = []
         self.reports: list[ModuleReport] = []
@@ -236,13 +243,20 @@ class EPMQProcessor(GPTQProcessor):
         keep = self._calibration_tokens(group.names[0])
         rows = _rows(X, keep)
         Z, gaps = self._of_expert(group, index, X, keep)
-        apart = expert if self.weighting.keeps_apart else ""
+        kept = sampled_rows(
+            len(rows),
+            self.qcfg.regret_rows,
+            batch=index,
+            place=index - self.plan.experts.index(expert),
+            batches=self._batches[expert],
+        )
+        apart = expert if self.weighting.keeps_apart or self.recording else ""
         key = X.device, self.plan.held_out[index], apart
         with group.lock:
             statistics = group.statistics.get(key)
             if statistics is None:
                 statistics = group.statistics[key] = self._statistics(group, X.device)
-            statistics.add(expert, rows, Z, gaps)
+            statistics.add(expert, rows, Z, gaps, kept)
 
     def _of_expert(
         self, group: SharedInput, batch: int, X: torch.Tensor, keep: torch.Tensor | None
@@ -310,16 +324,21 @@ class EPMQProcessor(GPTQProcessor):
             return difference if bool(difference.any()) else None
 
         columns = next(iter(tasks.values())).columns
+        members = {name: task.rows for name, task in tasks.items()}
+        sample = None
+        if self.qcfg.regret_rows:
+            sample = RowSample(members, eta=self.form.eta, rho=self.form.rho)
         return GroupStatistics(
             columns,
-            {name: task.rows for name, task in tasks.items()},
+            members,
             delta,
             device,
-            weight=self.weighting.of,
-            fold_once=self.weighting.needs_whole_gram,
+            weight=None if self.recording else self.weighting.of,
+            fold_once=self.weighting.needs_whole_gram and not self.recording,
             form=self.form._replace(biases=any(task.refits_bias for task in tasks.values())),
             bias=bias,
             phases=self.phases,
+            sample=sample,
         )
 
     @staticmethod
@@ -371,12 +390,50 @@ class EPMQProcessor(GPTQProcessor):
         if not fitted:
             device = torch.device(tasks[0].module.weight.device)
             fitted = {"": self._statistics(group, device)}
+        samples = [
+            one.sample for one in (*fitted.values(), *held_out.values()) if one.sample is not None
+        ]
+        if self.recording is not None:
+            fitted, held_out = self._recorded(group, tasks, fitted, held_out)
         self._solver.solve(
-            tasks, fitted, held_out, group.error, self._shared_input_capture_generation
+            tasks,
+            fitted,
+            held_out,
+            group.error,
+            self._shared_input_capture_generation,
+            lambda task, W_m: LayerWatch(samples, task.full_name, W_m) if samples else None,
         )
         for task in tasks:
-            task.report.eta = self.form.eta if group.own_inputs else 0.0
-            task.report.rho = self.form.rho if task.full_name in group.written else 0.0
+            task.report.eta, task.report.rho = self._shares(group, task)
+
+    def _shares(self, group: SharedInput, task: EPMQ) -> tuple[float, float]:
+        """η and ρ in the target of one layer."""
+        eta = self.form.eta if group.own_inputs else 0.0
+        return eta, self.form.rho if task.full_name in group.written else 0.0
+
+    def _recorded(
+        self,
+        group: SharedInput,
+        tasks: list[EPMQ],
+        fitted: dict[str, GroupStatistics],
+        held_out: dict[str, GroupStatistics],
+    ) -> tuple[dict, dict]:
+        """The sums as they were stored; as they are where there is nothing to store."""
+        device = next(iter(fitted.values())).device
+        columns = tasks[0].columns
+        if group.error is not None:
+            # The solver deals with it.
+            outputs = {task.full_name: task.rows for task in tasks}
+            self.recording.miss(outputs, columns, str(group.error))
+            return fitted, held_out
+        layers = []
+        for task in tasks:
+            W_m = task.merged_weight(device)
+            check_merged(task, W_m)
+            layers.append(Watched(task.full_name, W_m, *self._shares(group, task)))
+        empty = {name: one for name, one in fitted.items() if not one.total_tokens}
+        kept = self.recording.keep(layers, columns, [fitted, held_out])
+        return kept[0] or kept[1] or empty, kept[1] if kept[0] else {}
 
     def _reduced(self, group: SharedInput, *, held_out: bool) -> dict[str, GroupStatistics]:
         """The sums over all devices, by what is kept apart."""

@@ -14,7 +14,7 @@ class Profile(NamedTuple):
     """Values for what an ``EPMQConfig`` leaves open.
 
     Attributes:
-        alpha: a number, ``"auto"``, or None for the paper's of the model's family.
+        alpha: a number, ``"auto"``, ``"gptq"``, or None for the paper's of the model's family.
         eta, rho, anchor, bias_refit: options of ``EPMQConfig``.
     """
 
@@ -29,6 +29,8 @@ PROFILES = {
     # By benchmarks/results/ablation.md. Biases (vision8 alone has some) gained nothing there.
     "best": Profile(alpha="auto", eta=1.0, rho=1.0, anchor="identity", bias_refit=False),
     "paper": Profile(alpha=None, eta=0.0, rho=0.0, anchor="identity", bias_refit=False),
+    # What is compared with: GPTQ of the merge, with figures per expert.
+    "gptq": Profile(alpha="gptq", eta=0.0, rho=0.0, anchor="identity", bias_refit=False),
 }
 
 

@@ -6,6 +6,7 @@ No absolute paths and no calibration text; names, revisions, digests and counts.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .experts import Expert, Experts
 from .folders import read_json
 from .lineage import read_lineage
 from .merging import RECORD_NAME as MERGE_RECORD
-from .report import QuantizationReport
+from .run_report import QuantizationReport
 
 SCHEMA = 1
 
@@ -26,6 +27,57 @@ def provenance(
     merged: Checkpoint, config: EPMQConfig, experts: Experts, report: QuantizationReport
 ) -> dict[str, Any]:
     """The record that goes into ``quantize_config.json`` under ``meta.epmq``."""
+    merge = merge_record(merged.path)
+    record = _run(config, report) | {
+        "merged": _described(describe_source(merged.path), merged),
+        "experts": [
+            {"name": name}
+            | _expert(experts.expert(name))
+            | {"rows": report.rows.get(name, 0), "tokens": report.tokens.get(name, 0)}
+            | {"weight": config.expert_weights.get(name, 1.0)}
+            for name in experts.names
+        ],
+    }
+    if experts.base is not None:
+        record["base"] = _described(experts.base[1], experts.base[0])
+    if merge:
+        record["merge"] = merge
+    return record
+
+
+def requantized(
+    index: Mapping[str, Any], config: EPMQConfig, report: QuantizationReport
+) -> dict[str, Any]:
+    """The same of a checkpoint that was made from recorded statistics.
+
+    Args:
+        index: of the statistics: what it says of models is said again.
+        config: of this run; its experts are those that count.
+        report: of this run.
+    """
+    experts = {expert["name"]: expert for expert in index["experts"]}
+    left_out = [name for name in experts if name not in config.experts]
+    record = _run(config, report) | {
+        "profile": index["profile"],
+        "merged": index["merged"],
+        "experts": [
+            experts[name] | {"weight": config.expert_weights.get(name, 1.0)}
+            for name in config.experts
+        ],
+        "statistics": {
+            "versions": index["versions"],
+            "options": index["options"],
+            "left_out": left_out,
+        },
+    }
+    for key in ("base", "merge"):
+        if index.get(key):
+            record[key] = index[key]
+    return record
+
+
+def _run(config: EPMQConfig, report: QuantizationReport) -> dict[str, Any]:
+    """What a run says of itself, whatever its sums are from."""
     from . import __version__
 
     record: dict[str, Any] = {
@@ -43,19 +95,9 @@ def provenance(
         "anchor": config.anchor,
         "bias_refit": config.bias_refit,
         "on_bad_module": config.on_bad_module,
-        "merged": _described(describe_source(merged.path), merged),
-        "experts": [
-            {"name": name}
-            | _expert(experts.expert(name))
-            | {"rows": report.rows.get(name, 0), "tokens": report.tokens.get(name, 0)}
-            | {"weight": config.expert_weights.get(name, 1.0)}
-            for name in experts.names
-        ],
         "weighting": config.weighting,
         "objective": {"excess": report.excess, "merge_excess": report.merge_excess},
     }
-    if experts.base is not None:
-        record["base"] = _described(experts.base[1], experts.base[0])
     if config.data_free:
         record["data_free"] = list(config.data_free)
     if config.alpha_pattern:
@@ -66,9 +108,6 @@ def provenance(
         ]
     if report.left:
         record["left"] = dict(report.left)
-    merge = merge_record(merged.path)
-    if merge:
-        record["merge"] = merge
     return record
 
 

@@ -15,6 +15,7 @@ from .checkpoints import Checkpoint
 from .errors import EPMQError, EPMQInputError
 from .folders import INDEX_NAME, read_json
 from .output import check_output, new_folder
+from .recorded.bundle import FOLDER_NAME, Bundle
 from .weights import check_finite
 
 # What one packed linear layer consists of.
@@ -70,6 +71,11 @@ def save_whole(
         with contextlib.redirect_stdout(io.StringIO()):  # the host lists the files it wrote
             write(str(staging), *arguments, **options)
         _store_dense_tensors_as_merged(staging, merged)
+        model.epmq_report.write(staging)
+        if getattr(model, "epmq_statistics", None) is not None:
+            with _reading_back():
+                model.epmq_statistics.copy_to(staging / FOLDER_NAME)
+                Bundle(staging / FOLDER_NAME).verify()
         verify_checkpoint(staging, [m.module for m in model.epmq_report.modules])
 
 

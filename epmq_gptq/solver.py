@@ -15,9 +15,11 @@ from gptqmodel.utils.fallback import should_use_fallback
 
 from .choice import GRID, choose_alpha, min_max_weights
 from .deltas import data_free_gram
+from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import Experts, check_finite
 from .phases import Phases
+from .recorded.sums import RecordedStatistics
 from .statistics import GroupStatistics, Moments, combined
 from .target import add_anchor_, anchor_strength, centred, expert_target, numerical_rank
 from .task import EPMQ
@@ -29,6 +31,10 @@ PLAIN_DAMPING = 0.05
 _ALPHA_OF_WEIGHTS = 0.01
 
 
+Statistics = GroupStatistics | RecordedStatistics
+WatchOf = Callable[[EPMQ, torch.Tensor], Watch | None]
+
+
 class _Group(NamedTuple):
     """What the layers of one input have beside their moments.
 
@@ -37,12 +43,14 @@ class _Group(NamedTuple):
         held_out: layer → moments of the rows that α was chosen with; empty where none was.
         tokens: calibration tokens that reached the input.
         generation: of the host's cache of factors.
+        watch: see :meth:`TargetSolver.solve`.
     """
 
     merged: dict[EPMQ, torch.Tensor]
     held_out: dict[EPMQ, Moments]
     tokens: int
     generation: int
+    watch: WatchOf
 
 
 class TargetSolver:
@@ -79,20 +87,22 @@ class TargetSolver:
     def solve(
         self,
         tasks: list[EPMQ],
-        fitted: Mapping[str, GroupStatistics],
-        held_out: Mapping[str, GroupStatistics],
+        fitted: Mapping[str, Statistics],
+        held_out: Mapping[str, Statistics],
         error: Exception | None,
         generation: int,
+        watch: WatchOf = lambda task, W_m: None,
     ) -> None:
         """Aim every task.
 
         Args:
             tasks: the layers of one input.
             fitted: expert → the sums that targets are solved from; of all experts together under
-                one name, unless their weights are chosen here.
+                one name, unless they are kept apart.
             held_out: the same of the rows that choose α; may be empty.
             error: the first trouble met while counting.
             generation: of the host's cache of factors.
+            watch: (layer, W_m) → what tells how far it lies from every expert, or None.
         """
         parts = [part for part in (fitted, held_out) if part]
         tokens = _added(one.tokens for part in parts for one in part.values())
@@ -132,13 +142,13 @@ class TargetSolver:
             H = whole[tasks[0]].H.add_(moments[1][tasks[0]].H)  # what was held out counts, too
             whole = {t: combined([whole[t], moments[1][t]], [1, 1], H) for t in tasks}
         apart = moments[1] if len(moments) > 1 else {}
-        self._aim(tasks, whole, alphas, _Group(merged, apart, total, generation))
+        self._aim(tasks, whole, alphas, _Group(merged, apart, total, generation, watch))
 
     def _weights(
         self, tasks: list[EPMQ], parts: Mapping[str, dict[EPMQ, Moments]]
     ) -> dict[str, float]:
         """What each part counts beside the β_i that it holds already."""
-        if len(parts) < 2:
+        if len(parts) < 2 or not self._weighting.keeps_apart:
             return dict.fromkeys(parts, 1.0)
         alpha = tasks[0].alpha if isinstance(tasks[0].alpha, float) else _ALPHA_OF_WEIGHTS
         found = min_max_weights(
@@ -157,10 +167,15 @@ class TargetSolver:
     ) -> dict[EPMQ, float | None]:
         """A number for every "auto", one for all layers of an input, so that they share a factor.
 
-        None: on the held-out rows, no target was better than the merged weight.
+        None: the merged weight is the target, because no other was better on the held-out rows, or
+        because that was asked for.
         """
         auto = [task for task in tasks if task.alpha == "auto"]
-        alphas = {task: task.alpha for task in tasks if task.alpha != "auto"}
+        alphas = {
+            task: None if task.alpha == "gptq" else task.alpha
+            for task in tasks
+            if task.alpha != "auto"
+        }
         if not auto:
             return alphas
         if len(moments) == 1:  # a routed module that no held-out row reached
@@ -264,7 +279,7 @@ class TargetSolver:
             task.report.lam, task.report.alpha = lam, alpha
             W_m, D = group.merged.pop(task), moments[task].D
             why = self._why_merged(task, alpha, group)
-            if why:
+            if why or alpha is None:
                 _keep_merged(task, why)
                 D = None
             target = expert_target(W_m, D, L)
@@ -274,6 +289,10 @@ class TargetSolver:
                 self._on_bad(task, error)
                 continue
             task.report.merge_excess = target.merge_excess
+            with self._phases.measure("deviation"):
+                watch = group.watch(task, W_m)
+                if watch is not None:
+                    task.watch(watch, target.W)
             task.aim(target.W, H, group.tokens)
             if D is None:
                 continue
@@ -292,7 +311,7 @@ class TargetSolver:
             task.routed_threshold, float(group.tokens), self._all_tokens()
         ):
             return f"only {group.tokens} calibration tokens were routed here"
-        if alpha is None:
+        if alpha is None and task.alpha == "auto":
             some = "no target was better on the held-out rows"
             return some if group.held_out else "no held-out row was routed here"
         return ""
@@ -327,7 +346,7 @@ def _keep_merged(task: EPMQ, reason: str) -> None:
 
 
 def _taken(
-    statistics: GroupStatistics, tasks: list[EPMQ], merged: Mapping[EPMQ, torch.Tensor]
+    statistics: Statistics, tasks: list[EPMQ], merged: Mapping[EPMQ, torch.Tensor]
 ) -> dict[EPMQ, Moments]:
     H = statistics.gram()
     return {task: statistics.take(task.full_name, H, merged[task]) for task in tasks}

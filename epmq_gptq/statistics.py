@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 from .deltas import WeightDelta
+from .deviation import RowSample
 from .errors import EPMQInputError, EPMQNumericalError
 from .kernels.gram import ROWS, gram_update, mirror_
 from .kernels.product import cross_update, product_update
@@ -180,6 +181,7 @@ class GroupStatistics:
         form: which targets; the paper's by default.
         bias: reads ``b_i − b_m``, where ``form.biases``.
         phases: where the time is counted.
+        sample: keeps some rows, for figures per expert; None for none.
     """
 
     def __init__(
@@ -194,11 +196,13 @@ class GroupStatistics:
         form: TargetForm = PAPER,
         bias: ReadBias | None = None,
         phases: Phases | None = None,
+        sample: RowSample | None = None,
     ):
         self.columns = columns
         self.members = dict(members)
         self.device = torch.device(device)
         self.form = form
+        self.sample = sample
         self.tokens: dict[str, int] = {}
         self.folds = 0
         self._delta = delta
@@ -229,12 +233,14 @@ class GroupStatistics:
         X: torch.Tensor,
         Z: torch.Tensor | None = None,
         gaps: Mapping[str, torch.Tensor] | None = None,
+        kept: torch.Tensor | None = None,
     ) -> None:
         """Count the rows ``X: (n, d)`` as inputs of ``expert``.
 
         Args:
             Z: ``(n, d)`` the same tokens in the expert's own pass; None where they are ``X``.
             gaps: member → ``(n, out)`` r_i − r, of those that write to the residual stream.
+            kept: ``(k,)`` int64 rows that the sample keeps; None for none.
         """
         if X.shape[0] == 0:
             return
@@ -247,6 +253,9 @@ class GroupStatistics:
         known = gaps or {} if self.form.rho else {}
         rows = Rows(X, ahead, {name: gap.to(torch.float32) for name, gap in known.items()})
         self.tokens[expert] = self.tokens.get(expert, 0) + len(X)
+        if self.sample is not None and kept is not None:
+            kept = kept.to(X.device)
+            self.sample.add(rows.of([tensor[kept] for tensor in rows.tensors()]))
         stage = self._stage
         if stage is not None and not stage.fits(rows):
             self._count_staged()
@@ -293,6 +302,8 @@ class GroupStatistics:
                 with self._phases.measure("gram"):
                     self._count_staged()
                 self._fold_sums()
+        if self.sample is not None:
+            self.sample.done()
         self._expert = None
         self.folds += 1
 
@@ -365,14 +376,21 @@ class GroupStatistics:
             self._total.take_(sums, self.device)
 
     def _fold_bias(self, member: str, expert: str, inputs: torch.Tensor, count: float) -> None:
-        b = None if self._bias is None else self._bias(member, expert)
+        b = self._bias_of(member, expert)
         if b is not None:
             self._buffer(member).addr_(b, inputs)
             self._output(member).add_(b, alpha=count)
 
     def _read(self, member: str, expert: str) -> WeightDelta | None:
         with self._phases.measure("expert_reading"):
-            return self._delta(member, expert)
+            delta = self._delta(member, expert)
+        if self.sample is not None:
+            with self._phases.measure("deviation"):
+                self.sample.fold(member, expert, delta, self._bias_of(member, expert))
+        return delta
+
+    def _bias_of(self, member: str, expert: str) -> torch.Tensor | None:
+        return self._bias(member, expert) if self._bias and self.form.biases else None
 
     def _factor(self, expert: str, diagonal: torch.Tensor) -> float:
         return 1.0 if self._weight is None else self._weight(expert, diagonal)
@@ -415,6 +433,8 @@ class GroupStatistics:
         for expert, tokens in other.tokens.items():
             self.tokens[expert] = self.tokens.get(expert, 0) + tokens
         self.folds += other.folds
+        if self.sample is not None and other.sample is not None:
+            self.sample.merge_(other.sample)
         other._stage = None
         other._total, other._deltas, other._outputs = _Sums(), {}, {}
         other.tokens, other._folded = {}, set()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .report import ModuleReport, QuantizationReport
+from .run_report import ModuleReport, QuantizationReport
 from .tokens import RowCounts
 
 # With more layers than this one line stands for all layers of a kind, unless `--full` is given.
@@ -50,7 +52,8 @@ def print_summary(
         console.print(Text(text, "yellow"), soft_wrap=True)
     if report.phases:
         console.print(phase_line(report), style="dim", soft_wrap=True)
-    console.print(expert_table(rows))
+    if rows:
+        console.print(expert_table(rows))
 
 
 def phase_line(report: QuantizationReport) -> str:
@@ -163,3 +166,21 @@ def columns(pairs: Iterable[tuple[str, str]]) -> Table:
     for key, text in pairs:
         grid.add_row(Text(key, "bold"), Text(text))
     return grid
+
+
+def methods_table(known: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One block of lines per method: what it is, its paper, what it needs, its parameters."""
+    table = Table(show_lines=True)
+    table.add_column("method", no_wrap=True, style="bold")
+    table.add_column("what it does, its paper, its parameters", overflow="fold")
+    for name, about in known.items():
+        needs = "needs --base" if about["needs_base"] else "does without --base"
+        if about["needs_calibration"]:
+            needs += ", needs --calibration"
+        text = Text(f"{about['summary']}\n{about['title']}, {about['reference']}\n{needs}")
+        for parameter, option in about["parameters"].items():
+            default = json.dumps(option["default"], default=str)
+            text.append(f"\n{parameter}", "bold")
+            text.append(f": {option['doc']} ({option['rule']}; default {default})")
+        table.add_row(name, text)
+    return table

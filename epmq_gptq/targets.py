@@ -62,8 +62,11 @@ def read_merge(target: str, given: Given, reporter: Reporter) -> Draft:
 
 def write_draft(
     target: str, given: Given, file: Path, reporter: Reporter, *, overwrite: bool
-) -> None:
+) -> list[str]:
     """Write what is known of a merged model as a recipe; what is missing is there as comments.
+
+    Returns:
+        the experts whose calibration is to be filled in.
 
     Raises:
         EPMQInputError: the target is a recipe, its lineage cannot be used, or the file is taken.
@@ -88,6 +91,7 @@ def write_draft(
     file.write_text(draft.to_yaml(file.absolute().parent), encoding="utf-8")
     missing = f"; to be filled in: {', '.join(draft.uncalibrated)}" if draft.uncalibrated else ""
     reporter.step("recipe", f"{file}{missing}")
+    return draft.uncalibrated
 
 
 def check_file(file: Path, option: str) -> None:
@@ -136,7 +140,7 @@ def _is_interactive(reporter: Reporter) -> bool:
 def _ask(text: str, read: Callable[[str], Any], reporter: Reporter) -> Any:
     while True:
         try:
-            return read(typer.prompt(text))
+            return read(typer.prompt(text, err=True))
         except EPMQInputError as error:
             reporter.error(str(error), error.code)
         except typer.Abort:

@@ -14,10 +14,11 @@ from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.config import FallbackStrategy
 from gptqmodel.quantization.gptq import GPTQ
 
+from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import check_finite
 from .kernels.factor import inverse_factor
-from .report import ModuleReport
+from .run_report import ModuleReport
 from .statistics import Moments
 from .target import gain
 
@@ -70,6 +71,7 @@ class EPMQ(GPTQ):
         self.report: ModuleReport | None = None
         self._bias: BiasAim | None = None
         self._guard: Guard | None = None
+        self._watch: Watch | None = None
 
     def merged_weight(self, device: torch.device) -> torch.Tensor:
         """``W_m: (out, in)`` fp32 on ``device``, a copy."""
@@ -81,7 +83,7 @@ class EPMQ(GPTQ):
             module=self.full_name,
             bits=int(self.qcfg.bits),
             group_size=int(self.qcfg.group_size),
-            alpha=None if self.alpha == "auto" else self.alpha,
+            alpha=None if isinstance(self.alpha, str) else self.alpha,
             target="experts",
             lam=0.0,
             tokens=dict(tokens),
@@ -107,6 +109,11 @@ class EPMQ(GPTQ):
     def guard(self, W_m: torch.Tensor, H_E: torch.Tensor, held_out: Moments) -> None:
         """Once the target is rounded, compare it with the rounded merge on the held-out rows."""
         self._guard = Guard(W_m, H_E, held_out)
+
+    def watch(self, watch: Watch, W_target: torch.Tensor) -> None:
+        """Report how far the outputs lie from every expert's, now and once this is rounded."""
+        self.report.experts = watch.start(W_target)
+        self._watch = watch if self.report.experts else None
 
     def _bias_shift(self, Q: torch.Tensor) -> torch.Tensor | None:
         """b − b_m for the rounded weight, or None where the bias stays."""
@@ -185,14 +192,22 @@ class EPMQ(GPTQ):
             self.report.target, self.report.reason = "rtn", str(self.bad)
             if self.qcfg.on_bad_module == "raise":
                 self.failure = self.bad
+            self._finish_watch(result[0], None)
         self.report.seconds += time.perf_counter() - start
         return result
 
     def _round(self, blocksize: int):
         result = self._guarded(self._rounded(blocksize), blocksize)
-        self._refit_bias(self._bias_shift(result[0]))
+        shift = self._bias_shift(result[0])
+        self._finish_watch(result[0], shift)
+        self._refit_bias(shift)
         self._bias = self._guard = None
         return result
+
+    def _finish_watch(self, Q: torch.Tensor, shift: torch.Tensor | None) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.finish(self._matrix(Q), shift, self.report.experts)
 
     def _rounded(self, blocksize: int):
         """Round what is aimed at, and say in the report how well it went."""

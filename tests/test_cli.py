@@ -374,6 +374,8 @@ def test_methods_lists_papers_and_parameters():
 
 def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     import epmq_gptq.demo
+    from epmq_gptq.demo.domains import DOMAINS
+    from epmq_gptq.demo.options import DemoResult, Score
 
     seen = {}
 
@@ -381,6 +383,8 @@ def test_demo_passes_its_options_on(tmp_path, monkeypatch):
         seen["options"] = options
         options.out.mkdir()
         console.print("the table")
+        scores = {"merged": {name: Score(1.5, 0.25) for name in DOMAINS}}
+        return DemoResult(scores, settings={"bits": options.bits, "group_size": 32})
 
     monkeypatch.setattr(epmq_gptq.demo, "run_demo", run_demo)
     out = tmp_path / "demo"
@@ -391,6 +395,11 @@ def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     assert options.merge_method == "ties"
     assert "the table" in result.stdout
     refused(run("demo", "--out", out, "--bits", 0), "`--bits`")
+    quiet = run("demo", "--quiet", "--out", tmp_path / "quiet")
+    assert "the table" not in quiet.stdout and "1.500 · 25.0" in quiet.stdout
+    piped = run("demo", "--quiet", "--out", tmp_path / "piped", "--json", "-")
+    assert json.loads(piped.stdout)["averages"] == {"merged": {"loss": 1.5, "accuracy": 0.25}}
+    assert piped.stderr == ""
 
 
 def test_help_and_version_are_quick_and_work_as_a_module():

@@ -62,7 +62,7 @@ def test_files_and_unknown_options(tmp_path):
         ({"alpha": -1}, r"`alpha` should be finite and not negative, got -1.0"),
         ({"alpha": float("nan")}, r"`alpha` should be finite"),
         ({"alpha": float("inf")}, r"`alpha` should be finite"),
-        ({"alpha": "1"}, r"`alpha` should be a number or \"auto\", got '1'"),
+        ({"alpha": "1"}, r"`alpha` should be a number, \"auto\" or \"gptq\", got '1'"),
         ({"alpha": True}, r"`alpha` should be a number, got True"),
         ({"alpha_pattern": {"q": -2}}, r"`alpha_pattern\['q'\]` should be finite"),
         ({"alpha_pattern": {"(": 1}}, r"`alpha_pattern`: '\(' is not a regular expression"),
@@ -212,13 +212,13 @@ def test_the_papers_alpha_is_that_of_the_family_and_the_merge(model_type, method
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"profile": "fast"}, "`profile` should be one of best, paper, got 'fast'"),
+        ({"profile": "fast"}, "`profile` should be one of best, paper, gptq, got 'fast'"),
         ({"eta": 1.5}, "`eta` should be between 0 and 1, got 1.5"),
         ({"rho": "1"}, "`rho` should be a number, got '1'"),
         ({"anchor": "diag"}, "`anchor` should be one of identity, channel, got 'diag'"),
         ({"bias_refit": 1}, "`bias_refit` should be True or False, got 1"),
         ({"held_out": 0}, "`held_out` should be above 0 and at most 0.5, got 0"),
-        ({"alpha": "best"}, "`alpha` should be a number or \"auto\", got 'best'"),
+        ({"alpha": "best"}, '`alpha` should be a number, "auto" or "gptq", got \'best\''),
         ({"weighting": "max"}, "`weighting` should be one of raw, token, trace, minmax"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import signal
 import sys
 import threading
@@ -10,7 +11,7 @@ import warnings
 import pytest
 from rich.console import Console
 
-from epmq_gptq.console import HostOutput, Reporter, StepProgress
+from epmq_gptq.console import HostOutput, Reporter, StepProgress, TimeLeft, spoken
 from epmq_gptq.errors import (
     EPMQError,
     EPMQHostError,
@@ -18,6 +19,7 @@ from epmq_gptq.errors import (
     EPMQNumericalError,
     EPMQWarning,
 )
+from epmq_gptq.exit_codes import ExitCode
 
 PARTS = dict(code="EPMQ-S01", subject="it", remedy="Do.")
 
@@ -152,6 +154,7 @@ def test_without_a_terminal_progress_is_a_few_lines(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
     assert lines[-1].startswith("quantize    100/100 modules, 0 s, layer 99")
+    assert lines[4] == "quantize    50/100 modules, 0 s, 0 s left, layer 49"
 
 
 def test_a_quick_run_without_a_terminal_says_only_that_it_is_done(capsys):
@@ -169,3 +172,75 @@ def test_on_a_terminal_progress_is_a_bar():
         progress.advance(1, "layer [1]")
     text = reporter.out.file.getvalue()
     assert "2/2 modules" in text and "layer [1]" in text
+
+
+def test_the_time_left_goes_by_the_work_that_is_done(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("epmq_gptq.console.time.perf_counter", lambda: clock[0])
+    left = TimeLeft(50.0)
+    clock[0] += 60  # checks and the first inputs: no pace to go by
+    assert left.after(10.0, clock[0]) is None
+    clock[0] += 5
+    assert left.after(10.0, clock[0]) == pytest.approx(15.0)  # 10 in 5 s, 30 to go
+    clock[0] += 10
+    assert left.after(30.0, clock[0]) == 0.0
+
+
+def test_a_bar_says_how_much_time_is_left(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("epmq_gptq.console.time.perf_counter", lambda: clock[0])
+    reporter = Reporter()
+    reporter.out = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with StepProgress(reporter, "quantize", 3, "modules", work=100.0) as progress:
+        progress.advance(1, "layer 0", 10.0)
+        clock[0] = 300.0
+        progress.advance(1, "layer 0", 30.0)
+    assert "10 min left" in reporter.out.file.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (600, "10 min")])
+def test_durations_are_said_as_people_do(seconds, said):
+    assert spoken(seconds) == said
+    assert spoken(7200) == "2.0 h"
+
+
+# ---- quiet, and stdout for a machine -------------------------------------------------------------
+
+
+def test_quiet_leaves_warnings_errors_and_results(capsys):
+    reporter = Reporter(quiet=True)
+    reporter.step("load", "not said")
+    reporter.note("not said")
+    with StepProgress(reporter, "merge", 1, "steps") as progress:
+        progress.advance(1, "tensor")
+    reporter.result.print("the table")
+    reporter.warning("odd.", "EPMQ-F16")
+    reporter.error("wrong.", "EPMQ-O01")
+    out, err = capsys.readouterr()
+    assert out == "the table\n"
+    assert err == "warning: odd. [EPMQ-F16]\nerror: wrong. [EPMQ-O01]\n"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_is_for_people_leaves_stdout_to_the_machine(capsys, quiet):
+    reporter = Reporter(piped=True, quiet=quiet, verbose=True)
+    reporter.step("load", "said")
+    reporter.result.print("the table")
+    with reporter.quiet_host():
+        sys.stdout.write("INFO  banner\n")
+    reporter.stdout.write("{}")
+    out, err = capsys.readouterr()
+    assert out == "{}"
+    assert err == ("" if quiet else "load        said\n") + "INFO  banner\n"
+
+
+def test_a_reader_that_goes_away_is_no_failure(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        reporter = Reporter()
+        with pytest.raises(SystemExit) as left, reporter.exit_codes():
+            reporter.step("load", "to nobody")
+        assert left.value.code == ExitCode.BROKEN_PIPE
+        pipe.write("more")  # closing it flushes this, to nobody and without a word

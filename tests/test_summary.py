@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from epmq_gptq.report import ModuleReport, QuantizationReport
+from epmq_gptq.run_report import ModuleReport, QuantizationReport
 from epmq_gptq.summary import folder_size, human_size, print_summary
 from epmq_gptq.tokens import RowCounts
 

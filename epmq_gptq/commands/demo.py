@@ -7,11 +7,29 @@ from typing import Annotated
 
 import typer
 
-from ..console import Reporter
 from ..errors import EPMQInputError
-from .common import Out, Overwrite, Verbose, place, print_checkpoint
+from .common import (
+    Json,
+    Out,
+    Overwrite,
+    Quiet,
+    Verbose,
+    examples,
+    place,
+    print_checkpoint,
+    running,
+)
+from .completion import merge_methods
 
 
+@examples(
+    ("the whole way on an embedded example, in minutes on a CPU", "epmq-gptq demo"),
+    ("only to see that everything runs", "epmq-gptq demo --quick --out /tmp/demo"),
+    (
+        "3 bits, of a TIES merge, in place of the run before",
+        "epmq-gptq demo --bits 3 --method ties --overwrite",
+    ),
+)
 def demo(
     out: Out = Path("demo-4bit"),
     quick: Annotated[
@@ -23,18 +41,21 @@ def demo(
         float | None,
         typer.Option(help="Strength of E-PMQ's anchor to the merge; default: chosen by itself."),
     ] = None,
-    method: Annotated[str, typer.Option(help="Merge method.")] = "average",
+    method: Annotated[
+        str, typer.Option(help="Merge method.", autocompletion=merge_methods)
+    ] = "average",
     awq: Annotated[bool, typer.Option("--awq", help="Also GPTQModel's AWQ (minutes).")] = False,
     seed: Annotated[int, typer.Option(help="Of the models and the data.")] = 0,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train again although models are cached.")
     ] = False,
     overwrite: Overwrite = False,
+    json_report: Json = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Train small experts, merge and quantize them, and compare the methods. Needs no network."""
-    reporter = Reporter(verbose=verbose)
-    with reporter.exit_codes():
+    with running(json_report, quiet, verbose) as run:
         out = place(out)
         check_bits = {"bits": bits, "group_size": group_size}
         for name, value in check_bits.items():
@@ -59,5 +80,10 @@ def demo(
             overwrite=overwrite,
             **check_bits,
         )
-        run_demo(options, reporter.out, quiet=not verbose)
-        print_checkpoint(reporter, out)
+        result = run_demo(options, run.reporter.out, quiet=not verbose)
+        if quiet:  # otherwise it is part of what was said on the way
+            from ..demo.table import result_table
+
+            run.show(result_table(result))
+        print_checkpoint(run.reporter, out)
+        run.write(result.to_dict())

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from ..console import Reporter
-from ..summary import columns, human_size
-from .common import Out, Overwrite, Verbose, pairs, place, values
+from .common import Json, Out, Overwrite, Quiet, Verbose, examples, pairs, place, running, values
+from .completion import devices, merge_methods
 
 if TYPE_CHECKING:
     from ..calibration_names import CalibrationBlock
 
 
+@examples(
+    (
+        "the plain mean, of folders or of models of the hub",
+        "epmq-gptq merge --method average --expert math=./math-expert \\\n"
+        "    --expert code=org/code-expert@1a2b3c4 --out merged",
+    ),
+    (
+        "task arithmetic with a factor",
+        "epmq-gptq merge --method task_arithmetic --base org/base --param lam=0.4 \\\n"
+        "    --expert math=./math-expert --expert code=./code-expert --out merged",
+    ),
+    (
+        "RegMean++, which runs the experts over rows of theirs",
+        "epmq-gptq merge --method regmean_plusplus --calibration math=math.jsonl \\\n"
+        "    --calibration code=code.txt --expert math=./math-expert \\\n"
+        "    --expert code=./code-expert --out merged",
+    ),
+)
 def merge(
-    method: Annotated[str, typer.Option(help="Merge method; `epmq-gptq methods` lists them.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Merge method; `epmq-gptq methods` lists them.", autocompletion=merge_methods
+        ),
+    ],
     expert: Annotated[
         list[str], typer.Option(help="name=folder or name=org/model@revision; once per expert.")
     ],
@@ -39,23 +58,27 @@ def merge(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Calibration rows per forward pass.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the drawing of calibration rows.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(help="Where the arithmetic runs: cpu or cuda.", autocompletion=devices),
+    ] = "cpu",
     overwrite: Overwrite = False,
+    json_report: Json = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Merge experts of one base into a new model."""
-    reporter = Reporter(verbose=verbose)
-    with reporter.exit_codes():
+    with running(json_report, quiet, verbose) as run:
         out = place(out)
         experts = pairs(expert, "--expert")
         parameters = values(param or [], "--param")
-        with reporter.quiet_host():
+        with run.reporter.quiet_host():
             from ..pipeline import check_free, merge_with_progress
 
             check_free(out, overwrite=overwrite)
-            rows = _rows(calibration, list(experts))
+            rows = calibration_block(calibration, list(experts))
             result = merge_with_progress(
-                reporter,
+                run.reporter,
                 method,
                 base=base,
                 experts=experts,
@@ -67,10 +90,14 @@ def merge(
                 batch_size=batch_size,
                 seed=seed,
             )
-        reporter.step("merged", f"{out}: {human_size(result.bytes)} in {result.tensors} tensors")
+        from ..summary import human_size
+
+        size = human_size(result.bytes)
+        run.reporter.step("merged", f"{out}: {size} in {result.tensors} tensors")
+        run.write(result.to_dict())
 
 
-def _rows(calibration: list[str] | None, experts: list[str]) -> CalibrationBlock | None:
+def calibration_block(calibration: list[str] | None, experts: list[str]) -> CalibrationBlock | None:
     """What ``--calibration`` says, in the form that a recipe holds."""
     from ..calibration_names import recipe_calibration
     from ..lineage.sources import parse_calibration
@@ -80,26 +107,18 @@ def _rows(calibration: list[str] | None, experts: list[str]) -> CalibrationBlock
     return recipe_calibration(parse_calibration(calibration, experts), experts)
 
 
-def methods() -> None:
+@examples(
+    ("all of them, with their papers and parameters", "epmq-gptq methods"),
+    ("their names alone", "epmq-gptq methods --json - | jq '.methods | keys'"),
+)
+def methods(json_report: Json = None, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the merge methods, their papers and their parameters."""
-    reporter = Reporter()
-    with reporter.exit_codes():
-        with reporter.quiet_host():
+    with running(json_report, quiet, verbose) as run:
+        with run.reporter.quiet_host():
             from ..merging import merge_methods
 
             known = merge_methods()
-        for name, about in known.items():
-            reporter.out.print(_method_lines(name, about), "")
+        from ..summary import methods_table
 
-
-def _method_lines(name: str, about: Mapping[str, Any]) -> Table:
-    lines = [
-        (name, about["summary"]),
-        ("", f"{about['title']}, {about['reference']}"),
-        ("", "needs --base" if about["needs_base"] else "does without --base"),
-        *([("", "needs --calibration")] if about["needs_calibration"] else []),
-    ]
-    for parameter, option in about["parameters"].items():
-        default = json.dumps(option["default"], default=str)
-        lines.append((f"  {parameter}", f"{option['doc']} ({option['rule']}; default {default})"))
-    return columns(lines)
+        run.show(methods_table(known))
+        run.write({"methods": known})

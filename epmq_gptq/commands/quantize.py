@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .. import __version__
-from ..console import Reporter
 from ..errors import EPMQInputError
-from ..lineage import Given
-from ..summary import print_summary
-from ..targets import check_file, read_target, write_draft
-from .common import Overwrite, Verbose, pairs, place, print_checkpoint, values, write_error
+from .common import (
+    Json,
+    Overwrite,
+    Quiet,
+    Verbose,
+    examples,
+    pairs,
+    place,
+    print_checkpoint,
+    running,
+    values,
+)
+from .completion import devices, dtypes, settings
 
-if TYPE_CHECKING:
-    from ..pipeline import RunResult
-    from ..recipe import Recipe
 
-
+@examples(
+    ("everything in one file", "epmq-gptq quantize recipe.yaml --out merged-4bit"),
+    (
+        "a merged model that says itself what it was made of",
+        "epmq-gptq quantize org/merged-7b --out merged-4bit \\\n"
+        "    --calibration math=math.jsonl --calibration code=code.txt",
+    ),
+    (
+        "the paper's algorithm at 3 bits",
+        "epmq-gptq quantize ./merged --out merged-3bit \\\n"
+        "    --set bits=3 --set profile=paper \\\n"
+        "    --calibration '{file: mix.parquet, expert_column: task}'",
+    ),
+    (
+        "write down what is known, to fill in the rest by hand",
+        "epmq-gptq quantize ./merged --write-recipe recipe.yaml",
+    ),
+)
 def quantize(
     target: Annotated[
         str,
@@ -46,10 +67,15 @@ def quantize(
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Of a merged model: key=value under `quantize`; repeatable."),
+        typer.Option(
+            "--set",
+            help="Of a merged model: key=value under `quantize`; repeatable.",
+            autocompletion=settings,
+        ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of a merged model: `dtype` of a recipe.")
+        str | None,
+        typer.Option(help="Of a merged model: `dtype` of a recipe.", autocompletion=dtypes),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of a merged model: `seed` of a recipe.")] = None,
     write_recipe: Annotated[
@@ -58,13 +84,13 @@ def quantize(
     ] = None,
     overwrite: Overwrite = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; default: a GPU where torch sees one.")
+        str | None,
+        typer.Option(
+            help="cpu or cuda; default: a GPU where torch sees one.", autocompletion=devices
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Rows per forward pass, instead of the recipe's.")
-    ] = None,
-    json_report: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers of the run to this file.")
     ] = None,
     profile: Annotated[
         Path | None,
@@ -74,15 +100,19 @@ def quantize(
         ),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Show every layer, however many.")] = False,
+    json_report: Json = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Quantize a merged model towards its experts: one with a recipe, or one that says itself
-    what it was merged from (mergekit's configuration, a model card)."""
-    reporter = Reporter(verbose=verbose)
-    with reporter.exit_codes(lambda error: write_error(json_report, error)):
-        if json_report is not None:
-            json_report = place(json_report)
-            check_file(json_report, "--json")
+    """Quantize a merged model towards its experts.
+
+    By a recipe, or a merged model that says itself what it was made of (mergekit's configuration, a
+    model card)."""
+    with running(json_report, quiet, verbose) as run:
+        reporter = run.reporter
+        from ..lineage import Given
+        from ..targets import check_file, read_target, write_draft
+
         if profile is not None:
             profile = place(profile)
             check_file(profile, "--profile")
@@ -95,7 +125,9 @@ def quantize(
             seed=seed,
         )
         if write_recipe is not None:
-            write_draft(target, given, place(write_recipe), reporter, overwrite=overwrite)
+            file = place(write_recipe)
+            missing = write_draft(target, given, file, reporter, overwrite=overwrite)
+            run.write({"recipe": file.name, "uncalibrated": missing})
             return
         if out is None:
             raise EPMQInputError(
@@ -105,31 +137,15 @@ def quantize(
                 remedy="Give a folder that is new or empty.",
             )
         out = place(out)
-        from ..pipeline import RunOptions, quantize_recipe
+        from ..pipeline import RunOptions, quantize_recipe, run_document
+        from ..summary import print_summary
 
         read = read_target(target, given, reporter)
         options = RunOptions(out, overwrite, device, batch_size, profile is not None)
         result = quantize_recipe(read, options, reporter)
         print_summary(reporter.out, result.report, result.rows, full=full)
         print_checkpoint(reporter, out)
-        if json_report is not None:
-            _write_report(json_report, read, out, result, reporter)
         if profile is not None:
             profile.write_text(json.dumps(result.report.profile(), indent=2) + "\n", "utf-8")
             reporter.step("profile", str(profile))
-
-
-def _write_report(
-    file: Path, recipe: Recipe, out: Path, result: RunResult, reporter: Reporter
-) -> None:
-    """All numbers of a run, for ``--json``."""
-    report = {
-        "epmq_gptq": __version__,
-        "recipe": recipe.to_options(),
-        "checkpoint": out.name,
-        "cut_rows": {name: rows.cut for name, rows in result.rows.items()},
-        "report": result.report.to_dict(),
-        "host_warnings": list(reporter.host.alarms),
-    }
-    file.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-    reporter.step("report", str(file))
+        run.write(run_document(read, out, result) | {"host_warnings": list(reporter.host.alarms)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -80,6 +81,11 @@ class Evaluation:
             "averages": self.averages(),
             "seconds": round(self.seconds, 3),
         }
+
+
+def evaluation_document(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """Everything about some evaluations, as plain data."""
+    return environment() | {"evaluations": [each.to_dict() for each in evaluations]}
 
 
 def environment() -> dict[str, Any]:

@@ -46,6 +46,17 @@ class MergeResult:
     tensors: int
     bytes: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; of the folder only its name, so that it can be published."""
+        return {
+            "checkpoint": self.out.name,
+            "method": self.method,
+            "parameters": dict(self.parameters),
+            "record": dict(self.record),
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+        }
+
 
 def merge(
     method: str,

@@ -53,6 +53,7 @@ def preflight(
     dtype_bytes: int | None = None,
     runs_experts: bool = False,
     chooses_alpha: bool = False,
+    save_statistics: bool = False,
 ) -> Preflight:
     """Everything that can be said of a run before any compute; raises nothing that it can report.
 
@@ -72,6 +73,7 @@ def preflight(
         device: for the estimate of the time.
         dtype_bytes: of the computation; None for that of the merged model's layers.
         runs_experts, chooses_alpha: what the targets need, for the estimates.
+        save_statistics: whether the disk has to hold the statistics as well.
 
     Raises:
         EPMQInputError: ``verify`` is none of the three.
@@ -91,6 +93,9 @@ def preflight(
         found, result.coverage = check_coverage(tokens, shares)
         result.add(found)
     result.estimates = {"disk": estimates.disk(merged, linears, export, dtype_bytes)}
+    if save_statistics:
+        parts = len(experts.names) * (2 if chooses_alpha else 1)
+        result.estimates["disk"]["statistics"] = estimates.recorded(linears, parts)
     if tokens:
         result.estimates |= _run_estimates(
             merged,

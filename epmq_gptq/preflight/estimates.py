@@ -12,6 +12,7 @@ import torch
 from ..choice import MOST, OUTPUTS
 from ..kernels.gram import ROWS
 from ..linears import Linear, resolve
+from ..recorded.half import packed_bytes
 from .serving import Export
 
 FP32 = 4
@@ -29,6 +30,8 @@ MODULE_SECONDS = 0.03
 PACKED_PER_SECOND = 3e7
 # Everything that is not counted: Python, copies, attention, reading experts.
 LOW, HIGH = 0.7, 3.0
+# What projects the attention's output: of the same parent as q, k and v, and of another input.
+_OF_ATTENTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o")
 _LAYER = re.compile(r"\D*?\.\d+(?=\.)")
 _LAST_INDEX = re.compile(r"\.\d+$")
 # Seconds of a measurement of the device, of which there are two at most; sizes of its product.
@@ -72,6 +75,20 @@ def disk(
         "unquantized": rest,
         "checkpoint": quantized + scales + rest,
     }
+
+
+def recorded(linears: Iterable[Linear], parts: int) -> int:
+    """Bytes of the statistics that ``save_statistics`` keeps.
+
+    Args:
+        parts: sets of rows that have sums of their own: experts, twice where some are held out.
+    """
+    inputs: dict[tuple[str, int], list[int]] = {}
+    for linear in linears:
+        parent, _, last = linear.name.rpartition(".")
+        key = parent, last if last in _OF_ATTENTION else "", linear.inputs
+        inputs.setdefault(key, []).append(linear.outputs)
+    return parts * sum(packed_bytes(key[-1], outputs) for key, outputs in inputs.items())
 
 
 def groups(linears: Iterable[Linear]) -> dict[str, list[Linear]]:

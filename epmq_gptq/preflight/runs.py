@@ -69,5 +69,6 @@ def check_run(
         tokens=tokens,
         runs_experts=config.runs_experts,
         chooses_alpha=config.chooses_alpha,
+        save_statistics=config.save_statistics,
         **depth,
     )

@@ -148,6 +148,11 @@ def _estimates(estimates: dict[str, Any]) -> Iterator[Text]:
             f"({human_size(disk['codes'] + disk['scales'])} quantized, "
             f"{human_size(disk['unquantized'])} as it is)"
         )
+        if "statistics" in disk:
+            yield Text(
+                f"estimated   statistics: {human_size(disk['statistics'])} beside it, and as much "
+                "in the temporary folder while it runs"
+            )
     memory = estimates.get("memory")
     if memory:
         named = {"experts": "the experts' own passes"}

@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+# What a saved checkpoint keeps it in, and the version of that file.
+REPORT_NAME = "epmq_report.json"
+REPORT_SCHEMA = 1
+
+
+@dataclass
+class ExpertError:
+    """How far one layer's outputs lie from one expert's, on a sample of that expert's rows.
+
+    All but ``rows`` and ``energy`` are shares: Σ‖(W − W_i) x‖² / Σ‖W_i x‖², x being the inputs that
+    the rows produce in the partially quantized merged model (eq. 9).
+
+    Attributes:
+        rows: that the figures are from; see ``EPMQConfig.regret_rows``.
+        energy: mean of ‖W_i x‖² over them, and over the outputs that are looked at.
+        merged: of the merged weight: the merging deviation.
+        solved: of the target, not rounded.
+        rounded: of the rounded weight; None where rounding failed.
+        quantization: Σ‖(Q − W_m) x‖², the quantization deviation, over the same energy.
+        aim: ``merged``, ``solved`` and ``rounded`` against what the layer is rounded towards, T_i,
+            over Σ‖T_i − b_m‖²; None where T_i is W_i x.
+    """
+
+    rows: int
+    energy: float
+    merged: float
+    solved: float
+    rounded: float | None = None
+    quantization: float | None = None
+    aim: dict[str, float] | None = None
 
 
 @dataclass
@@ -13,8 +46,8 @@ class ModuleReport:
     Attributes:
         module: full name.
         target: ``"experts"`` (W*), ``"merged"`` (a routed module with too few tokens, or a layer
-            for which nothing was better on the held-out rows, keeps W_m as its target) or ``"rtn"``
-            (rounded to nearest by ``on_bad_module="rtn"``).
+            for which nothing was better on the held-out rows, keeps W_m as its target; all layers
+            with ``alpha="gptq"``) or ``"rtn"`` (rounded to nearest by ``on_bad_module="rtn"``).
         bits, group_size: of its codes.
         alpha, lam: the anchor, λ = alpha · tr(H) / d (eq. 13); no alpha where, with
             ``alpha="auto"``, no target was better than the merged weight.
@@ -32,6 +65,7 @@ class ModuleReport:
         weights: of ``weighting="minmax"``: what each expert counts in this layer.
         held_out_gain: by how much that error falls with the rounded weight; below 0 it rises.
         bias_shift: norm of what was added to the bias, None where it stays.
+        experts: how far its outputs lie from each expert's; empty where that was not looked at.
     """
 
     module: str
@@ -52,6 +86,7 @@ class ModuleReport:
     weights: dict[str, float] = field(default_factory=dict)
     held_out_gain: float | None = None
     bias_shift: float | None = None
+    experts: dict[str, ExpertError] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,8 +135,8 @@ class QuantizationReport:
 
     @property
     def exceptions(self) -> list[ModuleReport]:
-        """The layers that did not get an expert target."""
-        return [m for m in self.modules if m.target != "experts"]
+        """The layers that did not get what was asked for, and why."""
+        return [m for m in self.modules if m.target != "experts" and m.reason]
 
     def profile(self) -> dict[str, Any]:
         """Seconds by phase and bytes at the peak, and what they depend on."""
@@ -117,3 +152,11 @@ class QuantizationReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain data."""
         return asdict(self)
+
+    def write(self, folder: Path) -> None:
+        """Leave everything in a checkpoint's folder, for ``epmq-gptq report`` and the card."""
+        from . import __version__
+
+        record = {"schema": REPORT_SCHEMA, "epmq_gptq": __version__, "report": self.to_dict()}
+        text = json.dumps(record, indent=1, default=str)
+        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,215 @@
+"""What the pages draw from the code: a marker ``<!-- epmq:NAME -->`` stands where it goes.
+
+Nothing here is written down twice, so no page of reference can fall behind the code.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import epmq_gptq
+from epmq_gptq.errors import CODES
+from epmq_gptq.exit_codes import ExitCode
+
+PACKAGE = Path(epmq_gptq.__file__).parent
+MARKER = re.compile(r"^<!-- epmq:([a-z-]+) -->$", re.MULTILINE)
+
+
+def filled(markdown: str) -> str:
+    """A page with what its markers stand for.
+
+    Raises:
+        KeyError: a marker that is none of :data:`PARTS`.
+    """
+    return MARKER.sub(lambda found: PARTS[found[1]](), markdown)
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown; cells are Markdown already."""
+    heads = list(heads)
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in line)} |"
+        for line in lines
+    )
+
+
+def prose(text: str) -> str:
+    """Text of ours, in which backticks mark code, as Markdown."""
+    parts = re.split(r"(``?[^`]+``?)", text)
+    safe = str.maketrans({"<": "&lt;", "*": r"\*", "_": r"\_", "[": r"\["})
+    return "".join(part if index % 2 else part.translate(safe) for index, part in enumerate(parts))
+
+
+# ---- recipes and options -------------------------------------------------------------------------
+
+
+def recipe_keys() -> str:
+    from epmq_gptq.recipe import recipe_help
+
+    rows, above = [], ""
+    for key, doc in recipe_help():
+        if key == key.strip():
+            above = key
+        name = f"{above}.{key.strip()}" if key != key.strip() else key
+        rows.append((f"`{name}`", prose(doc)))
+    return table(["key", "what it is"], rows)
+
+
+def config_options() -> str:
+    """The options of EPMQConfig from its docstring, without importing GPTQModel."""
+    described = _arguments(_class("config.py", "EPMQConfig"))
+    defaults = _defaults(_class("config.py", "EPMQConfig"))
+    rows = []
+    for name, doc in described.items():
+        # One entry may describe several options: `eta, rho`.
+        default = ", ".join(f"`{defaults[one.strip()]}`" for one in name.split(","))
+        rows.append((f"`{name}`", default, _plain(doc)))
+    return table(["option", "default", "what it is"], rows)
+
+
+def profiles() -> str:
+    from epmq_gptq.profiles import PROFILES
+
+    fields = list(next(iter(PROFILES.values()))._fields)
+    rows = [
+        (f"`{name}`", *(f"`{getattr(profile, field)}`" for field in fields))
+        for name, profile in PROFILES.items()
+    ]
+    return table(["profile", *(f"`{field}`" for field in fields)], rows)
+
+
+def _class(file: str, name: str) -> ast.ClassDef:
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    return next(
+        node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name
+    )
+
+
+def _arguments(node: ast.ClassDef) -> dict[str, str]:
+    """Name → text of a docstring's ``Args``."""
+    text = inspect.cleandoc(ast.get_docstring(node) or "")
+    block = re.search(r"^Args:\n((?:    .*\n|\n)+)", text + "\n", re.MULTILINE)[1]
+    entries = re.split(r"^    (?=\w)", block, flags=re.MULTILINE)[1:]
+    pairs = (entry.partition(":") for entry in entries)
+    return {name.strip(): " ".join(doc.split()) for name, _, doc in pairs}
+
+
+def _defaults(node: ast.ClassDef) -> dict[str, str]:
+    """Field → its default, as the source has it."""
+    found = {}
+    for line in node.body:
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.value, ast.Call):
+            continue
+        given = {keyword.arg: keyword.value for keyword in line.value.keywords}
+        if "default" in given:
+            found[line.target.id] = ast.unparse(given["default"])
+        else:
+            found[line.target.id] = f"{ast.unparse(given['default_factory'])}()"
+    return found
+
+
+def _plain(text: str) -> str:
+    """Without Sphinx's roles, which Markdown does not know."""
+    text = re.sub(r":\w+:`~?([\w.]+)`", lambda found: f"`{found[1].rpartition('.')[2]}`", text)
+    return text.replace("``", "`")
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def commands() -> str:
+    import typer
+
+    from epmq_gptq import cli
+
+    group = typer.main.get_command(cli.app)
+    return "\n\n".join(_command(name, command) for name, command in group.commands.items())
+
+
+def _command(name: str, command) -> str:
+    from epmq_gptq.commands.common import examples_of
+
+    parts = [f"## {name}", prose(inspect.cleandoc(command.help))]
+    shown = (f"# {about}\n{line}" for about, line in examples_of(command.callback))
+    parts.append("```bash\n" + "\n\n".join(shown) + "\n```")
+    rows = []
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            label = f"`{parameter.name.upper()}`"
+        else:
+            label = ", ".join(f"`{option}`" for option in parameter.opts)
+        needed = " (required)" if parameter.required else ""
+        rows.append((label + needed, prose(parameter.help or ""), _default_of(parameter)))
+    parts.append(table(["option", "what it is", "default"], rows))
+    return "\n\n".join(parts)
+
+
+def _default_of(parameter) -> str:
+    value = parameter.default
+    if value is None or value is False or callable(value):
+        return ""
+    return f"`{value}`"
+
+
+def exit_codes() -> str:
+    return table(["code", "meaning"], [(str(code.value), prose(code.meaning)) for code in ExitCode])
+
+
+def merge_methods() -> str:
+    from epmq_gptq.merging import merge_methods
+
+    rows = []
+    for name, about in merge_methods().items():
+        needs = [
+            *(["`base`"] if about["needs_base"] else []),
+            *(["`calibration`"] if about["needs_calibration"] else []),
+        ]
+        parameters = "; ".join(
+            f"`{key}`: {prose(each['doc'])} ({prose(each['rule'])}; default `{each['default']}`)"
+            for key, each in about["parameters"].items()
+        )
+        paper = f"[{about['title']}]({about['reference']})"
+        rows.append((f"`{name}`", prose(about["summary"]), paper, ", ".join(needs), parameters))
+    return table(["method", "what it does", "paper", "needs", "parameters"], rows)
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def error_codes() -> str:
+    from epmq_gptq.explanations import KINDS, as_dict, explained_codes
+
+    parts, kind = [], ""
+    for code in explained_codes():
+        if code[5] != kind:
+            kind = code[5]
+            parts.append(f"## {kind}: {KINDS[kind]}")
+        entry = as_dict(code)
+        title = prose(entry["title"])
+        parts.append(f"### {code}\n\n**{title[0].upper()}{title[1:]}.** {prose(entry['means'])}")
+        parts.append(f"*Usually:* {prose(entry['cause'])}")
+        parts.append(f"*What to do:* {prose(entry['remedy'])}")
+        parts.append(f"``` {{ .text .wrap }}\n{entry['example']}\n```")
+    return "\n\n".join(part.rstrip() for part in parts)
+
+
+def code_list() -> str:
+    rows = [(f"[{code}](#{code.lower()})", prose(title)) for code, title in CODES.items()]
+    return table(["code", "what it stands for"], rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "recipe-keys": recipe_keys,
+    "config-options": config_options,
+    "profiles": profiles,
+    "commands": commands,
+    "exit-codes": exit_codes,
+    "merge-methods": merge_methods,
+    "error-codes": error_codes,
+    "code-list": code_list,
+}
