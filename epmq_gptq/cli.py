@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .commands.check import check
 from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.inspect import inspect
@@ -51,7 +52,7 @@ def _root(
 
 
 app.command(epilog=_RECIPE_HELP)(quantize)
-for _command in (merge, inspect, evaluate, methods, demo):
+for _command in (merge, inspect, check, evaluate, methods, demo):
     app.command()(_command)
 
 

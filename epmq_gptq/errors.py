@@ -55,6 +55,7 @@ CODES: dict[str, str] = {
     "EPMQ-F45": "an output place cannot be used",
     "EPMQ-F49": "the host is not a tested one",
     "EPMQ-F52": "a call came at the wrong time",
+    "EPMQ-F53": "a checkpoint is no GPTQ checkpoint",
     "EPMQ-H01": "a fast kernel is missing: the same result takes longer",
     "EPMQ-O01": "an option has a wrong type or value",
     "EPMQ-O02": "an option does not exist",
