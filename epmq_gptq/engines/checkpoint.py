@@ -334,7 +334,7 @@ def _found(store: Store, facts: Facts, content: _Content) -> dict[str, Any]:
     )
     stored = facts.stored
     assert stored is not None
-    head = "tied to the embedding" if facts.has_tied_head else "as it is"
+    head = "tied to the embedding" if facts.has_tied_head else "not quantized"
     return {
         "architecture": facts.architecture or None,
         "model_type": facts.model_type or None,

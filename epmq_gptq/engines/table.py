@@ -10,7 +10,7 @@ ENGINES = {
     "GPTQModel": "7.6.0",
 }
 # Judged when asked for: its repository is archived, and no release will follow.
-ARCHIVED = {"TGI": "3.3.7"}
+ARCHIVED = {"TGI": "3.3.7, archived"}
 VERSIONS = {**ENGINES, **ARCHIVED}
 
 # The file from which an engine takes bits, group size, `dynamic` and the rest.

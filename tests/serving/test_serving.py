@@ -84,11 +84,11 @@ def test_server_generates_what_gptqmodel_generates(
 
 
 def test_the_families_are_what_they_stand_for(build_dir: Path) -> None:
-    """Biases on q, k and v that are not zero; per-head norms and a tied head."""
+    """Biases on q, k and v that are not zero; norms per head and a tied head."""
     with safe_open(build_dir / "qwen2" / "quantized" / "model.safetensors", "pt") as qwen2:
         for part in "qkv":
             name = f"model.layers.0.self_attn.{part}_proj.bias"
-            assert qwen2.get_tensor(name).float().abs().mean() > 0.1
+            assert qwen2.get_tensor(name).float().abs().mean() > 0.05
     with safe_open(build_dir / "qwen3" / "quantized" / "model.safetensors", "pt") as qwen3:
         names = set(qwen3.keys())
     assert "model.layers.0.self_attn.q_norm.weight" in names and "lm_head.weight" not in names
