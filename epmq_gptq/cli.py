@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
 from .commands.card import card
+from .commands.check import check
 from .commands.common import examples_text, usage_failed
 from .commands.demo import demo
 from .commands.evaluate import evaluate
@@ -102,7 +103,7 @@ def _root(
 
 for _command in (
     *(quantize, requantize, inspect, merge, methods),
-    *(evaluate, retention, report, card, push),
+    *(evaluate, retention, report, check, card, push),
     *(demo, explain),
 ):
     app.command(cls=Command)(_command)

@@ -58,6 +58,7 @@ CODES: dict[str, str] = {
     "EPMQ-F53": "a report or an evaluation is not readable as such",
     "EPMQ-F54": "figures of a run, a baseline or evaluations do not belong together",
     "EPMQ-F55": "statistics are of another model, or lack what is asked of them",
+    "EPMQ-F56": "a checkpoint is no GPTQ checkpoint",
     "EPMQ-H01": "a fast kernel is missing: the same result takes longer",
     "EPMQ-O01": "an option has a wrong type or value",
     "EPMQ-O02": "an option does not exist",

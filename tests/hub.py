@@ -42,6 +42,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []  # (method, path)
         self.is_down = False
+        self.sent = 0  # bytes of ranges
         hub = self
 
         class Handler(_Handler):
@@ -141,7 +142,16 @@ class Hub:
             request.refuse(404, "EntryNotFound", "Entry not found")
             return
         headers = {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        request.reply(200, file.read_bytes(), headers)
+        content = file.read_bytes()
+        asked = request.headers.get("Range", "")
+        if not asked:
+            request.reply(200, content, headers)
+            return
+        first, last = (int(part) for part in asked.removeprefix("bytes=").split("-"))
+        part = content[first : last + 1]
+        self.sent += len(part)
+        headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
+        request.reply(206, part, headers)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -14,7 +14,8 @@ from .common import Json, Quiet, Verbose, examples, place, running
     ("read it before anything is written", "epmq-gptq card merged-4bit --dry-run"),
     (
         "for its repository, under a title",
-        "epmq-gptq card merged-4bit --repo-id me/merged-4bit --title 'Math and code in 4 bits'",
+        "epmq-gptq card merged-4bit --repo-id me/merged-4bit \\\n"
+        "    --title 'Math and code in 4 bits'",
     ),
 )
 def card(

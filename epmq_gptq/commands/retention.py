@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 @examples(
     (
         "each expert on the task of its name",
-        "epmq-gptq evaluate merged-4bit --suite text4 --json q.json\n"
-        "epmq-gptq evaluate ./math-expert --suite text4 --json math.json\n"
-        "epmq-gptq retention merged-4bit --quantized q.json --expert math=math.json",
+        "epmq-gptq retention merged-4bit --quantized q.json \\\n"
+        "    --expert math=math.json --expert code=code.json",
     ),
     (
         "tasks of lm-eval, beside the merge in full precision",
