@@ -17,7 +17,20 @@ from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
 from .on_import import when_host_is_imported
 
 if TYPE_CHECKING:
-    from .api import evaluate, explain, inspect, merge, methods, quantize
+    from .api import (
+        card,
+        check,
+        evaluate,
+        explain,
+        inspect,
+        merge,
+        methods,
+        push,
+        quantize,
+        report,
+        requantize,
+        retention,
+    )
     from .config import EPMQConfig
     from .models.loading import load_clip
     from .rows import RowSource
@@ -35,17 +48,26 @@ __all__ = [
     "QuantizationReport",
     "RowSource",
     "__version__",
+    "card",
+    "check",
     "evaluate",
     "explain",
     "inspect",
     "load_clip",
     "merge",
     "methods",
+    "push",
     "quantize",
+    "report",
+    "requantize",
+    "retention",
 ]
 
 # No submodule may bear one of these names: importing it would put it in the function's place.
-_COMMANDS = ("evaluate", "explain", "inspect", "merge", "methods", "quantize")
+_COMMANDS = (
+    *("quantize", "requantize", "inspect", "merge", "methods", "evaluate", "retention"),
+    *("report", "check", "card", "push", "explain"),
+)
 
 when_host_is_imported()
 

@@ -391,6 +391,40 @@ _ENTRIES: dict[str, Explanation] = {
         example="epmq_gptq.errors.EPMQInputError: `save` came before `quantize`: there is nothing "
         "quantized to save yet. Call `quantize` first.",
     ),
+    "EPMQ-F53": Explanation(
+        cause="A report or an evaluation of another version of epmq_gptq, or one that was edited "
+        "by hand or cut off while it was copied.",
+        remedy="Restore the file. A report comes from quantizing and saving again, an evaluation "
+        "from `epmq-gptq retention`.",
+        example="error: `epmq_report.json`: `schema` should be 1, got 9. Quantize and save again "
+        "with this version of epmq_gptq, or restore the file. [EPMQ-F53]",
+    ),
+    "EPMQ-F54": Explanation(
+        cause="A baseline of another model, or evaluations on other tasks, splits or settings than "
+        "the one they shall be compared with.",
+        remedy="Quantize the same merge with `profile: gptq` and the same rows; evaluate all "
+        "models with the same options.",
+        example="error: `--baseline`: `merged-gptq` has other modules than `merged-4bit`: "
+        "`model.layers.0.mlp.down_proj` is in `merged-4bit` alone. Give a run on the same "
+        "merge and experts, made with `profile: gptq`. [EPMQ-F54]",
+    ),
+    "EPMQ-F55": Explanation(
+        means="Statistics say how the experts differ from one merge, layer by layer: with other "
+        "weights in its place they mean nothing.",
+        cause="The merge was made anew, or saved in another precision; or the statistics were "
+        "recorded without what is asked for now: held-out rows, biases, a layer.",
+        remedy="Give the merge as it was, or record anew: quantize with `save_statistics: true`.",
+        example="error: the merged model `expert0` is not the one that the statistics are of: its "
+        "SHA-256 is a03761f02fdc…, theirs 1cf45eda6a3e…. Give the weights of `merged` as they "
+        "were. [EPMQ-F55]",
+    ),
+    "EPMQ-F56": Explanation(
+        cause="`epmq-gptq check` was given the merge itself, or a checkpoint of another kind of "
+        "quantization.",
+        remedy="Give the folder that was written by `quantize`, or by GPTQModel.",
+        example="error: the checkpoint: no GPTQ checkpoint: it holds no packed layer "
+        "(`….qweight`). Give the folder that `save` or GPTQModel wrote. [EPMQ-F56]",
+    ),
     "EPMQ-H01": Explanation(
         means="A warning. Every fast kernel is compared with its reference on your device before "
         "it is used.",
@@ -446,6 +480,39 @@ _ENTRIES: dict[str, Explanation] = {
         "fully covered. Nothing was left there and the model is still in memory: `save` again, if "
         "need be to another disk. [EPMQ-S01]",
     ),
+    "EPMQ-P01": Explanation(
+        means="Nothing was sent.",
+        cause="A configuration that was edited, a path of this machine or an access token in a "
+        "file, a card that the hub does not take.",
+        remedy="Correct the named file; `epmq-gptq push DIR REPO --dry-run` checks again.",
+        example="error: the checkpoint: `quantize_config.json` holds a path of a machine in "
+        "`note`. Write a name in its place; nobody else has this path. [EPMQ-P01]",
+    ),
+    "EPMQ-P02": Explanation(
+        cause="No login on this machine, a token that was revoked or may only read, or an "
+        "organization that one is no member of.",
+        remedy="`hf auth login` with a token that may write, or `--create-pr`, which needs no "
+        "right to write.",
+        example="error: there is no access token for the hub on this machine. Make one with the "
+        "right to write on the hub's page Settings, Access Tokens; then `hf auth login`, or set "
+        "`HF_TOKEN`. [EPMQ-P02]",
+    ),
+    "EPMQ-P03": Explanation(
+        cause="A commit in place of a branch, a repository of others, or one that holds another "
+        "model, or that somebody changed meanwhile.",
+        remedy="Give a branch or a repository of your own.",
+        example="error: `revision` should be a branch (a commit cannot be pushed to) or "
+        "`refs/pr/N`, got '0123456789012345678901234567890123456789'. Set `revision` to such a "
+        "value. [EPMQ-P03]",
+    ),
+    "EPMQ-P04": Explanation(
+        means="The repository shows nothing of it: all files appear with one commit at the end.",
+        cause="The connection broke, or the hub or its storage did not answer.",
+        remedy="Push again: what was uploaded is not sent twice.",
+        example="error: the upload to `me/merged-4bit` did not come to its end: [Errno 111] "
+        "Connection refused. Nothing of it shows in the repository. Push again: what was uploaded "
+        "is not sent twice. [EPMQ-P04]",
+    ),
 }
 
 # What the letter of a code says.
@@ -455,6 +522,7 @@ KINDS = {
     "N": "numbers of the result",
     "O": "options and files of options",
     "S": "saving",
+    "P": "publishing",
 }
 
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .card import check_repo_id
 from .console import Reporter, StepProgress
 from .errors import EPMQError, EPMQInputError, EPMQWarning
 from .folders import CARD_NAME, read_json, reason_of
 from .hub import COMMIT
+from .model_card import check_repo_id
 from .options import bad_option
 from .upload_plan import UploadFile, UploadPlan, plan_upload
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .card import write_card
 from .checkpoints import Checkpoint
 from .errors import EPMQError, EPMQInputError
 from .folders import INDEX_NAME, read_json
+from .model_card import write_card
 from .output import check_output, new_folder
 from .recorded.bundle import FOLDER_NAME, Bundle
 from .weights import check_finite

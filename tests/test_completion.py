@@ -95,7 +95,7 @@ def test_names_are_offered(words, offered):
 
 
 def test_values_of_a_setting_are_offered():
-    assert completion.settings("profile=") == ["profile=best", "profile=paper"]
+    assert completion.settings("profile=") == ["profile=best", "profile=paper", "profile=gptq"]
     assert completion.settings("weighting=t") == ["weighting=token", "weighting=trace"]
     assert completion.settings("nothing=") == []
     assert completion.codes("f3")[0] == "EPMQ-F30" and completion.codes("zz") == []

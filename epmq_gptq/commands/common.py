@@ -74,6 +74,10 @@ class Run:
         if self._put(result) and not self._is_piped:
             self.reporter.step("report", str(self._file))
 
+    def keep(self) -> None:
+        """What stands where ``--json`` points to is not ours to replace, not even with an error."""
+        self._file = None
+
     def _put(self, result: dict[str, Any]) -> bool:
         if self._file is None:
             return False

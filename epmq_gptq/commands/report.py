@@ -13,7 +13,7 @@ from .common import Json, Quiet, Verbose, examples, place, running
 if TYPE_CHECKING:
     from ..console import Reporter
     from ..regret import RunReport
-    from ..retention import Retention
+    from ..retained import Retention
 
 PAGE_NAME = "epmq_report.html"
 
@@ -66,15 +66,19 @@ def report(
         if page is None and json_report is None:
             page = folder / PAGE_NAME
         file = None if json_report is None or str(json_report) == "-" else place(json_report)
-        _check_options(page, file, open_page)
+        inputs = [folder / "epmq_report.json", evaluation and place(evaluation)]
+        inputs += [baseline and place(baseline) / "epmq_report.json"]
+        try:
+            _check_options(page, file, open_page)
+            for target, option in ((page, "--out"), (file, "--json")):
+                if target is not None:
+                    _check_place(target, option, [i for i in inputs if i], overwrite)
+        except EPMQInputError:
+            command.keep()
+            raise
         run = read_report(folder)
         other = None if baseline is None else read_report(place(baseline))
         kept = _retention(folder, None if evaluation is None else place(evaluation))
-        inputs = [folder / "epmq_report.json", evaluation and place(evaluation)]
-        inputs += [baseline and place(baseline) / "epmq_report.json"]
-        for target, option in ((page, "--out"), (file, "--json")):
-            if target is not None:
-                _check_place(target, option, [i for i in inputs if i], overwrite)
         document = report_figures(run, other, kept)
         _note(command.reporter, run, other)
         command.show(expert_table(document))
@@ -133,7 +137,7 @@ def _check_place(target: Path, option: str, inputs: list[Path], overwrite: bool)
 
 
 def _retention(folder: Path, file: Path | None) -> Retention | None:
-    from ..retention import read_retention
+    from ..retained import read_retention
 
     if file is None:
         return read_retention(folder)

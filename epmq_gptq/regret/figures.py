@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..retention import STAGES, Retention
+from ..retained import STAGES, Retention
 from .layers import kind_of, layer_labels, layer_of, layers_in_order
 from .run import ExpertFigures, ModuleFigures, RunReport, check_baseline, check_retention
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..retention import Retention
+from ..retained import Retention
 from ..summary import human_size
 from .figures import report_figures
 from .run import RunReport
@@ -41,7 +41,7 @@ def report_page(
     Args:
         report: see :func:`~epmq_gptq.regret.read_report`.
         baseline: of a run with plain GPTQ on the same merge.
-        retention: see :func:`~epmq_gptq.retention.read_retention`.
+        retention: see :func:`~epmq_gptq.retained.read_retention`.
 
     Raises:
         EPMQInputError: the baseline is that of another model.

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQInputError, cli
-from epmq_gptq.retention import (
+from epmq_gptq.retained import (
     ExpertRetention,
     Retention,
     read_retention,

@@ -1,119 +1,24 @@
-"""The commands as functions, for notebooks and scripts: the same names, the same options.
-
-    import epmq_gptq
-
-    result = epmq_gptq.quantize(
-        "./merged",
-        out="merged-4bit",
-        experts={"math": "./math-expert", "code": "./code-expert"},
-        calibration={"math": math_rows, "code": "code.jsonl"},
-        settings={"bits": 4, "group_size": 128},
-        progress=True,
-    )
-    result            # in a notebook: its table
-    result.to_dict()  # what `--json` writes
-
-Every function raises an :class:`~epmq_gptq.errors.EPMQError` where its command would leave with a
-code, warns with :class:`~epmq_gptq.errors.EPMQWarning`, never asks anything, and prints nothing
-unless ``progress`` is True. A new one takes its arguments, works inside :func:`_session` and
-returns a subclass of :class:`Result`.
-"""
+"""From experts to a checkpoint: inspect, merge, quantize, requantize."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from .console import Reporter
-from .errors import EPMQError, EPMQWarning
-from .options import resolve_path
-from .recipe import Recipe
+from ..console import Reporter
+from ..recipe import Recipe
+from .session import Result, path_of, session
 
 if TYPE_CHECKING:
-    from .evaluation import Evaluation
-    from .lineage import Given
-    from .merging import MergeResult
-    from .pipeline import RunResult
-    from .preflight import Preflight
-
-__all__ = [
-    "EvaluateResult",
-    "ExplainResult",
-    "InspectResult",
-    "MergeMethods",
-    "MergedModel",
-    "QuantizeResult",
-    "Result",
-    "evaluate",
-    "explain",
-    "inspect",
-    "merge",
-    "methods",
-    "quantize",
-]
-
-# Of a table in a notebook, whose cells scroll; `str()` of a result has it, too.
-_WIDTH = 160
-# Colours and lines of rich; the notebook keeps its own background, light or dark.
-_HTML = '<pre style="white-space:pre;overflow-x:auto;line-height:1.2">{code}</pre>'
-
-
-class Result:
-    """What a function of this module returns.
-
-    A notebook shows its table; ``str()`` is the same as plain text.
-    """
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the command writes with ``--json``, as plain data."""
-        raise NotImplementedError
-
-    def print_to(self, console: Console) -> None:
-        """Print the tables that the command shows."""
-        raise NotImplementedError
-
-    def _recorded(self) -> Console:
-        # force_jupyter: rich would otherwise display it right now.
-        console = Console(
-            file=io.StringIO(), record=True, width=_WIDTH, force_jupyter=False, force_terminal=True
-        )
-        self.print_to(console)
-        return console
-
-    def _repr_html_(self) -> str:
-        return self._recorded().export_html(code_format=_HTML, inline_styles=True)
-
-    def __str__(self) -> str:
-        return self._recorded().export_text()
-
-
-@contextlib.contextmanager
-def _session(progress: bool) -> Iterator[Reporter]:
-    """The host is quiet and heard, our own warnings are Python's, in the caller's line."""
-    reporter = Reporter(quiet=not progress)
-    own: dict[str, EPMQWarning] = {}
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", EPMQWarning)
-            try:
-                yield reporter
-            finally:
-                own = {
-                    str(each.message): each.message
-                    for each in caught
-                    if isinstance(each.message, EPMQWarning)
-                }
-    finally:
-        for warning in own.values():
-            # 1 is this line, 2 contextlib's, 3 the function of this module, 4 who called it.
-            warnings.warn(warning, stacklevel=4)
+    from ..lineage import Given
+    from ..merging import MergeResult
+    from ..pipeline import RunResult
+    from ..preflight import Preflight
+    from ..run_report import QuantizationReport
 
 
 # ---- quantize ------------------------------------------------------------------------------------
@@ -139,12 +44,12 @@ class QuantizeResult(Result):
         return self.run.report
 
     def to_dict(self) -> dict[str, Any]:
-        from .pipeline import run_document
+        from ..pipeline import run_document
 
         return run_document(self.recipe, self.out, self.run)
 
     def print_to(self, console: Console) -> None:
-        from .summary import print_summary
+        from ..summary import print_summary
 
         print_summary(console, self.run.report, self.run.rows)
 
@@ -188,14 +93,88 @@ def quantize(
         EPMQInputError: something cannot be used as asked; nothing was computed.
         EPMQNumericalError: numbers that cannot be trusted; nothing was written.
     """
-    with _session(progress) as reporter:
-        from .pipeline import RunOptions, quantize_recipe
+    with session(progress) as reporter:
+        from ..pipeline import RunOptions, quantize_recipe
 
-        out = _path(out)
+        out = path_of(out)
         given = _given(experts, base, settings, dtype, seed)
         recipe = _recipe(target, given, calibration, reporter)
         options = RunOptions(out, overwrite, device, batch_size)
         return QuantizeResult(out, recipe, quantize_recipe(recipe, options, reporter))
+
+
+# ---- requantize ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class RequantizeResult(Result):
+    """A checkpoint that was made from recorded statistics.
+
+    Attributes:
+        out: its folder.
+        report: module by module.
+    """
+
+    out: Path
+    report: QuantizationReport
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"checkpoint": self.out.name, "report": self.report.to_dict()}
+
+    def print_to(self, console: Console) -> None:
+        from ..summary import print_summary
+
+        print_summary(console, self.report, {})
+
+    def __repr__(self) -> str:
+        return f"<RequantizeResult {self.out.name}: {len(self.report.modules)} modules>"
+
+
+def requantize(
+    statistics: str | Path,
+    *,
+    out: str | Path,
+    merged: str | Path | None = None,
+    leave_out: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> RequantizeResult:
+    """Quantize a merge anew from statistics that a run kept; ``epmq-gptq requantize``.
+
+    Args:
+        statistics: what ``save_statistics`` kept: its folder, or the checkpoint.
+        out: folder of the new checkpoint.
+        merged: the merged model; may be left out where the statistics are of one on the hub.
+        leave_out: experts that shall not count.
+        settings: options of ``EPMQConfig`` in place of the recorded ones.
+        device: "cpu" or "cuda"; None for a GPU where there is one.
+        dtype: that weights are computed in; None for that of the recorded run.
+        overwrite: replace what is in ``out``.
+        progress: say what is going on.
+
+    Raises:
+        EPMQInputError: an option cannot be changed, or merge and statistics do not belong together.
+        EPMQNumericalError: numbers that cannot be trusted; nothing was written.
+    """
+    with session(progress) as reporter, reporter.quiet_host():
+        from ..recorded.run import requantize_folder
+
+        out = path_of(out)
+        made = requantize_folder(
+            path_of(statistics),
+            out,
+            reporter,
+            merged=None if merged is None else str(merged),
+            leave_out=leave_out,
+            settings=settings,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+        )
+        return RequantizeResult(out, made)
 
 
 # ---- merge ---------------------------------------------------------------------------------------
@@ -217,7 +196,7 @@ class MergedModel(Result):
         return self.merge.to_dict()
 
     def print_to(self, console: Console) -> None:
-        from .summary import columns, human_size
+        from ..summary import columns, human_size
 
         merge = self.merge
         written = f"{human_size(merge.bytes)} in {merge.tensors} tensors"
@@ -267,10 +246,10 @@ def merge(
     Raises:
         EPMQInputError: a method, option or model cannot be used as asked.
     """
-    with _session(progress) as reporter:
-        from .pipeline import check_free, merge_with_progress
+    with session(progress) as reporter:
+        from ..pipeline import check_free, merge_with_progress
 
-        out = _path(out)
+        out = path_of(out)
         with reporter.quiet_host():
             check_free(out, overwrite=overwrite)
             result = merge_with_progress(
@@ -296,14 +275,14 @@ class MergeMethods(Result, dict):
         return {"methods": dict(self)}
 
     def print_to(self, console: Console) -> None:
-        from .summary import methods_table
+        from ..summary import methods_table
 
         console.print(methods_table(self))
 
 
 def methods() -> MergeMethods:
     """The merge methods, their papers and their parameters; ``epmq-gptq methods``."""
-    from .merging import merge_methods
+    from ..merging import merge_methods
 
     return MergeMethods(merge_methods())
 
@@ -330,7 +309,7 @@ class InspectResult(Result):
         return self.preflight.to_dict()
 
     def print_to(self, console: Console) -> None:
-        from .preflight.table import print_preflight
+        from ..preflight.table import print_preflight
 
         print_preflight(console, self.preflight)
 
@@ -360,9 +339,9 @@ def inspect(
     Raises:
         EPMQInputError: the target cannot be read. What is wrong with a run is in the result.
     """
-    with _session(progress) as reporter, reporter.quiet_host():
-        from .preflight.inspection import Subject
-        from .preflight.inspection import inspect as inspect_subject
+    with session(progress) as reporter, reporter.quiet_host():
+        from ..preflight.inspection import Subject
+        from ..preflight.inspection import inspect as inspect_subject
 
         given = _given(experts, base, settings, None, None)
         read = _read(target, given, calibration, reporter)
@@ -370,116 +349,7 @@ def inspect(
         return InspectResult(inspect_subject(subject, verify=verify, device=device))
 
 
-# ---- evaluate ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, repr=False)
-class EvaluateResult(Result):
-    """Figures of one model.
-
-    Attributes:
-        evaluations: one per suite, or one of lm-eval.
-    """
-
-    evaluations: list[Evaluation] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        from .evaluation.results import evaluation_document
-
-        return evaluation_document(self.evaluations)
-
-    def print_to(self, console: Console) -> None:
-        from .evaluation.results import table_of
-
-        for each in self.evaluations:
-            console.print(table_of(each))
-
-    def __repr__(self) -> str:
-        return f"<EvaluateResult: {', '.join(each.harness for each in self.evaluations)}>"
-
-
-def evaluate(
-    model: str | Path,
-    *,
-    suite: str | Sequence[str] = (),
-    tasks: str | Sequence[str] = (),
-    progress: bool = False,
-    **options: Any,
-) -> EvaluateResult:
-    """Evaluate a model on suites of this package, or on tasks of lm-eval; ``epmq-gptq evaluate``.
-
-    Args:
-        model: folder or hub id: full precision, GPTQ or AWQ.
-        suite: "vision8", "text4" or "seq2seq4", or several of them.
-        tasks: of lm-eval; with one suite, the tasks of it to run.
-        progress: say what is going on.
-        options: the other fields of :class:`~epmq_gptq.evaluation.request.EvaluationRequest`, which
-            are the options of the command: ``limit``, ``batch_size``, ``split``, ``device``, …
-
-    Raises:
-        EPMQInputError: there is no such suite, task or option, or the model cannot be loaded.
-    """
-    with _session(progress) as reporter:
-        from .evaluation.request import EvaluationRequest, run_request
-        from .options import check_keys
-
-        known = [name for name in EvaluationRequest.__dataclass_fields__ if name != "suites"]
-        check_keys(options, known, "`evaluate`")
-        if options.get("include_path") is not None:
-            options["include_path"] = _path(options["include_path"])
-        request = EvaluationRequest(suites=_names(suite), tasks=_names(tasks), **options)
-        with reporter.quiet_host():
-            return EvaluateResult(run_request(str(model), request, reporter))
-
-
-def _names(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-# ---- explain -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, repr=False)
-class ExplainResult(Result):
-    """What an error code means.
-
-    Attributes:
-        entry: ``code``, ``title``, ``means``, ``cause``, ``remedy``, ``example``.
-    """
-
-    entry: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.entry)
-
-    def print_to(self, console: Console) -> None:
-        from .explanations import entry_table
-
-        console.print(entry_table(self.entry))
-
-    def __repr__(self) -> str:
-        return f"<ExplainResult {self.entry['code']}: {self.entry['title']}>"
-
-
-def explain(code: str | EPMQError) -> ExplainResult:
-    """What an error code means, why it comes and what to do; ``epmq-gptq explain``.
-
-    Args:
-        code: such as "EPMQ-F30" or "F30", or the error itself.
-
-    Raises:
-        EPMQInputError: there is no such code.
-    """
-    from .explanations import as_dict
-
-    return ExplainResult(as_dict(code.code if isinstance(code, EPMQError) else code))
-
-
 # ---- what a call means ---------------------------------------------------------------------------
-
-
-def _path(place: str | Path) -> Path:
-    return resolve_path(str(place), Path())
 
 
 def _given(
@@ -489,7 +359,7 @@ def _given(
     dtype: str | None,
     seed: int | None,
 ) -> Given:
-    from .lineage import Given
+    from ..lineage import Given
 
     return Given(
         experts={name: str(spec) for name, spec in (experts or {}).items()},
@@ -515,7 +385,7 @@ def _read(target: Any, given: Given, calibration: Any, reporter: Reporter):
     """A recipe, or the draft of one where the target is a merged model."""
     import dataclasses
 
-    from .targets import is_recipe, read_merge, refuse_given
+    from ..targets import is_recipe, read_merge, refuse_given
 
     if isinstance(target, (Recipe, Mapping)) or is_recipe(str(target)):
         refuse_given(
@@ -538,7 +408,7 @@ def _given_recipe(target: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
 
         return copy.copy(target)
     if not isinstance(target, Mapping):
-        return Recipe.from_file(_path(target))
+        return Recipe.from_file(path_of(target))
     options = dict(target)
     if "calibration" in options:
         options["calibration"] = _block(options["calibration"])
@@ -547,8 +417,8 @@ def _given_recipe(target: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
 
 def _block(calibration: Any) -> Any:
     """A calibration as Python has it, as the block of a recipe; files relative to where we are."""
-    from .calibration_names import given_sources
-    from .rows import is_data_free
+    from ..calibration_names import given_sources
+    from ..rows import is_data_free
 
     if not isinstance(calibration, Mapping) or "expert_column" in calibration:
         return calibration

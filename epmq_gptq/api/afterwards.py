@@ -1,0 +1,451 @@
+"""From a checkpoint on: evaluate, report, check, describe and publish it; explain an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ..errors import EPMQError
+from .session import Result, path_of, session
+
+if TYPE_CHECKING:
+    from ..engines import ServingReport
+    from ..evaluation import Evaluation
+    from ..publishing import Pushed
+    from ..retained import Retention
+
+
+# ---- evaluate ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class EvaluateResult(Result):
+    """Figures of one model.
+
+    Attributes:
+        evaluations: one per suite, or one of lm-eval.
+    """
+
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        from ..evaluation.results import evaluation_document
+
+        return evaluation_document(self.evaluations)
+
+    def print_to(self, console: Console) -> None:
+        from ..evaluation.results import table_of
+
+        for each in self.evaluations:
+            console.print(table_of(each))
+
+    def __repr__(self) -> str:
+        return f"<EvaluateResult: {', '.join(each.harness for each in self.evaluations)}>"
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    suite: str | Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
+    progress: bool = False,
+    **options: Any,
+) -> EvaluateResult:
+    """Evaluate a model on suites of this package, or on tasks of lm-eval; ``epmq-gptq evaluate``.
+
+    Args:
+        model: folder or hub id: full precision, GPTQ or AWQ.
+        suite: "vision8", "text4" or "seq2seq4", or several of them.
+        tasks: of lm-eval; with one suite, the tasks of it to run.
+        progress: say what is going on.
+        options: the other fields of :class:`~epmq_gptq.evaluation.request.EvaluationRequest`, which
+            are the options of the command: ``limit``, ``batch_size``, ``split``, ``device``, …
+
+    Raises:
+        EPMQInputError: there is no such suite, task or option, or the model cannot be loaded.
+    """
+    with session(progress) as reporter:
+        from ..evaluation.request import EvaluationRequest, run_request
+        from ..options import check_keys
+
+        known = [name for name in EvaluationRequest.__dataclass_fields__ if name != "suites"]
+        check_keys(options, known, "`evaluate`")
+        if options.get("include_path") is not None:
+            options["include_path"] = path_of(options["include_path"])
+        request = EvaluationRequest(suites=_names(suite), tasks=_names(tasks), **options)
+        with reporter.quiet_host():
+            return EvaluateResult(run_request(str(model), request, reporter))
+
+
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+# ---- retention -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class RetentionResult(Result):
+    """How much of every expert a quantized merge has kept.
+
+    Attributes:
+        retention: expert → its figures.
+        left: experts that were not evaluated.
+    """
+
+    retention: Retention
+    left: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.retention.to_dict()
+
+    def print_to(self, console: Console) -> None:
+        from ..retained import retention_table
+
+        console.print(retention_table(self.retention))
+
+    def __repr__(self) -> str:
+        return f"<RetentionResult: {len(self.retention.experts)} experts>"
+
+
+def retention(
+    folder: str | Path,
+    *,
+    quantized: str | Path,
+    experts: Mapping[str, str | Path],
+    merged: str | Path | None = None,
+    base: str | Path | None = None,
+    gptq: str | Path | None = None,
+    tasks: Mapping[str, str] | None = None,
+    metrics: Mapping[str, str] | None = None,
+) -> RetentionResult:
+    """Say how much of every expert is kept, and leave it in the checkpoint for the report and the
+    card; ``epmq-gptq retention``.
+
+    Args:
+        folder: of the quantized checkpoint.
+        quantized: file that ``evaluate`` wrote of it (``--json``, or ``to_dict()`` as JSON).
+        experts: name → the same of that expert.
+        merged, base, gptq: the same of the other models.
+        tasks, metrics: name → task and metric of that expert, where they are not clear.
+
+    Raises:
+        EPMQInputError: a file cannot be read, or figures do not belong together.
+    """
+    from ..retained import retention_of, write_retention
+
+    folder = path_of(folder)
+    others = {"merged": merged, "base": base, "gptq": gptq}
+    found, left = retention_of(
+        folder,
+        path_of(quantized),
+        {name: path_of(file) for name, file in experts.items()},
+        {stage: path_of(file) for stage, file in others.items() if file is not None},
+        tasks=tasks,
+        metrics=metrics,
+    )
+    write_retention(folder, found)
+    return RetentionResult(found, tuple(left))
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class ReportResult(Result):
+    """What a run did to each expert.
+
+    Attributes:
+        document: the figures.
+    """
+
+    document: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.document)
+
+    def print_to(self, console: Console) -> None:
+        from ..regret.table import expert_table
+
+        console.print(expert_table(self.document))
+
+    def page(self) -> str:
+        """The page as HTML."""
+        from ..regret.page import page_of
+
+        return page_of(self.document)
+
+    def __repr__(self) -> str:
+        return f"<ReportResult: {len(self.document['experts'])} experts>"
+
+
+def report(
+    folder: str | Path,
+    *,
+    out: str | Path | None = None,
+    baseline: str | Path | None = None,
+    overwrite: bool = False,
+) -> ReportResult:
+    """Show what a run did to each expert, module by module; ``epmq-gptq report``.
+
+    Args:
+        folder: of the quantized checkpoint.
+        out: file of the page; None for none: ``page()`` of the result gives it.
+        baseline: checkpoint of the same merge under plain GPTQ (``profile: gptq``).
+        overwrite: replace what is at ``out``.
+
+    Raises:
+        EPMQInputError: there is no report, it is of another version, or the place is taken.
+    """
+    from ..errors import EPMQInputError
+    from ..output import write_whole
+    from ..regret import read_report, report_figures
+    from ..retained import read_retention
+
+    folder = path_of(folder)
+    run = read_report(folder)
+    other = None if baseline is None else read_report(path_of(baseline))
+    result = ReportResult(report_figures(run, other, read_retention(folder)))
+    if out is not None:
+        file = path_of(out)
+        if file.exists() and not overwrite:
+            raise EPMQInputError(
+                f"`out`: `{file.name}` exists.",
+                code="EPMQ-F45",
+                subject="`out`",
+                remedy="Choose another name or set `overwrite`.",
+            )
+        write_whole(file, result.page())
+    return result
+
+
+# ---- check ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class CheckResult(Result):
+    """Which engines can serve a checkpoint.
+
+    Attributes:
+        serving: verdicts, reasons, and what was found in the files.
+    """
+
+    serving: ServingReport
+
+    @property
+    def ok(self) -> bool:
+        """Whether it can be served: the command would leave with 0."""
+        return self.serving.is_served
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.serving.to_dict()
+
+    def print_to(self, console: Console) -> None:
+        from ..engines.printing import print_serving
+
+        print_serving(console, self.serving)
+
+    def __repr__(self) -> str:
+        return f"<CheckResult: {'served' if self.ok else 'not served'}>"
+
+
+def check(
+    checkpoint: str | Path, *, engines: Sequence[str] = (), tensor_parallel: int = 1
+) -> CheckResult:
+    """Say which engines can serve a finished checkpoint, and why not; ``epmq-gptq check``.
+
+    Args:
+        checkpoint: folder or hub id of any GPTQ checkpoint.
+        engines: "vLLM", "SGLang", "transformers", "GPTQModel", "TGI"; all but TGI where none is
+            given.
+        tensor_parallel: GPUs that shall share each layer.
+
+    Raises:
+        EPMQInputError: it cannot be read, or there is no such engine.
+    """
+    with session(False) as reporter, reporter.quiet_host():
+        from ..engines import check_checkpoint
+
+        found = check_checkpoint(str(checkpoint), engines=engines, tensor_parallel=tensor_parallel)
+        return CheckResult(found)
+
+
+# ---- card and push -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class CardResult(Result):
+    """A model card.
+
+    Attributes:
+        text: Markdown with the hub's metadata.
+        written: whether it is in the checkpoint now.
+    """
+
+    text: str
+    written: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"card": self.text, "written": self.written}
+
+    def print_to(self, console: Console) -> None:
+        console.out(self.text, end="", highlight=False)
+
+    def __repr__(self) -> str:
+        return f"<CardResult: {len(self.text.splitlines())} lines>"
+
+
+def card(
+    folder: str | Path,
+    *,
+    dry_run: bool = False,
+    repo_id: str | None = None,
+    title: str | None = None,
+    license: str | None = None,
+    names: bool = False,
+    overwrite: bool = False,
+) -> CardResult:
+    """Write a checkpoint's model card anew; ``epmq-gptq card``.
+
+    Args:
+        folder: of the checkpoint.
+        dry_run: write nothing.
+        repo_id: "org/name" that the card's examples load.
+        title: of the card.
+        license: identifier of a hub, over what all sources declare.
+        names: also give the folder names of local models.
+        overwrite: replace a card that was edited by hand.
+
+    Raises:
+        EPMQInputError: the checkpoint is none of ours, or its card was edited by hand.
+    """
+    with session(False) as reporter, reporter.quiet_host():
+        from ..model_card import model_card, write_card
+
+        options = dict(repo_id=repo_id, title=title, license=license, include_names=names)
+        folder = path_of(folder)
+        if dry_run:
+            return CardResult(model_card(folder, **options), False)
+        return CardResult(write_card(folder, overwrite=overwrite, **options), True)
+
+
+@dataclass(frozen=True, repr=False)
+class PushResult(Result):
+    """What was uploaded.
+
+    Attributes:
+        pushed: where to, files and sizes.
+    """
+
+    pushed: Pushed
+
+    @property
+    def url(self) -> str | None:
+        """Of the commit or the pull request; None for a dry run."""
+        return self.pushed.url
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.pushed.to_dict()
+
+    def print_to(self, console: Console) -> None:
+        from ..summary import columns, human_size
+
+        console.print(columns((name, human_size(size)) for name, size in self.pushed.files.items()))
+
+    def __repr__(self) -> str:
+        return f"<PushResult {self.pushed}>"
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    with_report: bool = False,
+    with_code: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+    progress: bool = False,
+) -> PushResult:
+    """Upload a checkpoint to a hub, checked first and by one commit; ``epmq-gptq push``.
+
+    Args:
+        folder: of the checkpoint.
+        repo_id: "org/name".
+        private: whether a new repository is private; None for the hub's default.
+        revision: branch, made if it is not there, or "refs/pr/N".
+        create_pr: open a pull request instead of committing.
+        with_report: also the report of the run and the evaluation.
+        with_code: also the code that the model brings (``auto_map``).
+        commit_message: of the commit.
+        token: in place of the one that is stored on this machine.
+        dry_run: check, list and send nothing.
+        progress: say what is going on.
+
+    Raises:
+        EPMQInputError: the checkpoint, the token or the repository cannot be used.
+        EPMQError: the upload broke off; the same call goes on where it was.
+    """
+    with session(progress) as reporter, reporter.quiet_host():
+        from ..publishing import push as push_folder
+
+        done = push_folder(
+            path_of(folder),
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            with_report=with_report,
+            with_code=with_code,
+            commit_message=commit_message,
+            token=token,
+            dry_run=dry_run,
+            reporter=reporter,
+        )
+        return PushResult(done)
+
+
+# ---- explain -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class ExplainResult(Result):
+    """What an error code means.
+
+    Attributes:
+        entry: ``code``, ``title``, ``means``, ``cause``, ``remedy``, ``example``.
+    """
+
+    entry: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.entry)
+
+    def print_to(self, console: Console) -> None:
+        from ..explanations import entry_table
+
+        console.print(entry_table(self.entry))
+
+    def __repr__(self) -> str:
+        return f"<ExplainResult {self.entry['code']}: {self.entry['title']}>"
+
+
+def explain(code: str | EPMQError) -> ExplainResult:
+    """What an error code means, why it comes and what to do; ``epmq-gptq explain``.
+
+    Args:
+        code: such as "EPMQ-F30" or "F30", or the error itself.
+
+    Raises:
+        EPMQInputError: there is no such code.
+    """
+    from ..explanations import as_dict
+
+    return ExplainResult(as_dict(code.code if isinstance(code, EPMQError) else code))
