@@ -416,7 +416,7 @@ def retention_table(retention: Retention) -> Table:
         table.add_column(stage, justify="right", no_wrap=True)
     for name, one in retention.experts.items():
         metric = one.metric if one.higher_is_better else f"{one.metric} (less is better)"
-        figures = [_figure(getattr(one, stage)) for stage in shown]
+        figures = [_shown(getattr(one, stage)) for stage in shown]
         # As Text: names are somebody's, and brackets in them are no markup.
         cells = [Text(cell) for cell in (name, one.task, metric)]
         table.add_row(*cells, *figures, _percent(one.percent()))
@@ -427,7 +427,7 @@ def retention_table(retention: Retention) -> Table:
     return table
 
 
-def _figure(value: float | None) -> str:
+def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 

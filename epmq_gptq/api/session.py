@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..console import Reporter
 from ..errors import EPMQWarning
+from ..options import resolve_path
 
 # Of a table in a notebook, whose cells scroll; `str()` of a result has it, too.
 _WIDTH = 160
