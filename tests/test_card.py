@@ -408,6 +408,35 @@ def test_hostile_names_stay_text(tmp_path):
     check_private(folder, "README.md")
 
 
+def test_a_renderer_makes_nothing_of_hostile_names(tmp_path):
+    """By markdown-it, which rich brings along."""
+    from markdown_it import MarkdownIt
+
+    text = model_card(hostile(tmp_path), title=HOSTILE, include_names=True)
+    body = text.partition("\n---\n")[2]
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    tokens += [child for token in tokens for child in token.children or []]
+    kinds = {token.type for token in tokens}
+    assert not kinds & {"image", "html_inline", "hr", "em_open"}
+    (comment,) = [token.content for token in tokens if token.type == "html_block"]
+    assert comment.startswith("<!-- epmq_gptq card ") and comment.count("<") == 1
+    links = {token.attrs["href"] for token in tokens if token.type == "link_open"}
+    assert links == {"https://arxiv.org/abs/2605.16882"}
+    # Every table has as many cells in a row as its head has.
+    widths, cells = set(), 0
+    for token in tokens:
+        if token.type in ("th_open", "td_open"):
+            cells += 1
+        elif token.type == "tr_close":
+            widths.add(cells)
+            cells = 0
+        elif token.type == "table_close":
+            assert len(widths) == 1, widths
+            widths = set()
+    seen = "".join(token.content for token in tokens if token.type == "text")
+    assert "<script>alert(1)</script>" in seen  # as text
+
+
 @pytest.mark.parametrize(
     "text",
     [
