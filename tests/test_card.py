@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQInputError, cli
-from epmq_gptq.card import is_ours, model_card, retention, write_card
+from epmq_gptq.card import is_ours, model_card, write_card
+from epmq_gptq.card_sections import kept_share
 from epmq_gptq.markdown import code, plain
 from epmq_gptq.upload_plan import check_card, check_private
 
@@ -225,7 +226,7 @@ def test_the_retention_table(tmp_path):
     [(0.5, 0.4, True, 0.8), (4, 5, False, 0.8), (0, 1, True, None), (None, 1, True, None)],
 )
 def test_what_is_kept(expert, quantized, higher, share):
-    assert retention(expert, quantized, higher) == share
+    assert kept_share(expert, quantized, higher) == share
 
 
 def test_the_errors_per_expert(tmp_path):
