@@ -128,7 +128,12 @@ def plan_upload(
         check_private(folder, name)
     plan = UploadPlan(folder)
     if CARD_NAME in wanted:
-        check_card(folder)
+        license = check_card(folder).get("license")
+        if license == "other" and not any(_LEGAL.fullmatch(name) for name in wanted):
+            plan.notes.append(
+                "the licence is `other`, for which the hub asks for its text: put a `LICENSE` into "
+                f"`{folder.name}`."
+            )
     else:
         plan.notes.append(
             f"there is no `{CARD_NAME}`: `epmq-gptq card {folder.name}` writes a model card."
@@ -270,15 +275,15 @@ def check_private(folder: Path, name: str) -> None:
             f"`{name}`",
             "Remove it, and make a new token: this one may be known already.",
         )
+    if name in _VOCABULARIES:
+        return
     remedy = "Write a name in its place; nobody else has this path."
     for own in _own_paths(folder):
-        if own in text:
-            where = _line(text, text.index(own))
+        if (found := re.search(rf"(?<!\w){re.escape(own)}(?!\w)", text)) is not None:
+            where = _line(text, found.start())
             raise _unfit(
                 f"`{name}` names a folder of this machine in line {where}", f"`{name}`", remedy
             )
-    if Path(name).suffix == ".html" or name in _VOCABULARIES:
-        return
     if name.endswith(".json"):
         for key, value in _leaves(_parsed(text, name)):
             if _WHOLE_PATH.fullmatch(value) or _PATH.search(value):
@@ -334,8 +339,8 @@ def _strings(value: Any) -> Iterator[str]:
 # ---- the card ----------------------------------------------------------------------------------
 
 
-def check_card(folder: Path) -> None:
-    """Refuse a card whose metadata a hub would not take.
+def check_card(folder: Path) -> dict[str, Any]:
+    """The metadata of a card, if a hub would take it.
 
     Raises:
         EPMQInputError: naming the key.
@@ -358,6 +363,7 @@ def check_card(folder: Path) -> None:
     tags = data.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise _wrong_key("tags", "a list of strings")
+    return data
 
 
 def _is_model(text: str) -> bool:

@@ -13,6 +13,8 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -284,6 +286,24 @@ class UploadHub(Hub):
         else:
             repository.branches[revision] = commit
         request.reply_json(answer | {"commitUrl": f"{self.url}/{name}/commit/{commit}"})
+
+
+@contextmanager
+def upload_hub(monkeypatch, folder: Path, **users: User) -> Iterator[UploadHub]:
+    """A hub that this process talks to, without a token, with its cache in ``folder``."""
+    from huggingface_hub import constants
+    from huggingface_hub.hf_api import api
+
+    with UploadHub() as double:
+        double.users = users
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", double.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+        monkeypatch.setattr(api, "endpoint", double.url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield double
 
 
 def _oid(file: Path, large: bool) -> str:

@@ -14,6 +14,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQInputError, cli
+<<<<<<< HEAD:tests/test_model_card.py
+=======
+from epmq_gptq.card import is_ours, model_card, write_card
+from epmq_gptq.card_sections import kept_share
+>>>>>>> h-publish:tests/test_card.py
 from epmq_gptq.markdown import code, plain
 from epmq_gptq.model_card import is_ours, model_card, retention, write_card
 from epmq_gptq.upload_plan import check_card, check_private
@@ -225,7 +230,7 @@ def test_the_retention_table(tmp_path):
     [(0.5, 0.4, True, 0.8), (4, 5, False, 0.8), (0, 1, True, None), (None, 1, True, None)],
 )
 def test_what_is_kept(expert, quantized, higher, share):
-    assert retention(expert, quantized, higher) == share
+    assert kept_share(expert, quantized, higher) == share
 
 
 def test_the_errors_per_expert(tmp_path):
@@ -406,6 +411,35 @@ def test_hostile_names_stay_text(tmp_path):
     (folder / "README.md").write_text(text)
     check_card(folder)
     check_private(folder, "README.md")
+
+
+def test_a_renderer_makes_nothing_of_hostile_names(tmp_path):
+    """By markdown-it, which rich brings along."""
+    from markdown_it import MarkdownIt
+
+    text = model_card(hostile(tmp_path), title=HOSTILE, include_names=True)
+    body = text.partition("\n---\n")[2]
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    tokens += [child for token in tokens for child in token.children or []]
+    kinds = {token.type for token in tokens}
+    assert not kinds & {"image", "html_inline", "hr", "em_open"}
+    (comment,) = [token.content for token in tokens if token.type == "html_block"]
+    assert comment.startswith("<!-- epmq_gptq card ") and comment.count("<") == 1
+    links = {token.attrs["href"] for token in tokens if token.type == "link_open"}
+    assert links == {"https://arxiv.org/abs/2605.16882"}
+    # Every table has as many cells in a row as its head has.
+    widths, cells = set(), 0
+    for token in tokens:
+        if token.type in ("th_open", "td_open"):
+            cells += 1
+        elif token.type == "tr_close":
+            widths.add(cells)
+            cells = 0
+        elif token.type == "table_close":
+            assert len(widths) == 1, widths
+            widths = set()
+    seen = "".join(token.content for token in tokens if token.type == "text")
+    assert "<script>alert(1)</script>" in seen  # as text
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import shutil
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from hub_uploads import UploadHub, User
+from hub_uploads import User, upload_hub
 from huggingface_hub import constants
 from judge import stored
 from safetensors.torch import load_file, save_file
@@ -68,21 +69,13 @@ def checkpoint(original, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that this process and its children talk to, with one owner, a stranger and a reader."""
-    from huggingface_hub.hf_api import api
-
-    with UploadHub() as double:
-        double.users = {
-            TOKEN: User("me", ("org",)),
-            OTHER: User("stranger"),
-            READER: User("me", ("org",), may_write=False),
-        }
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", double.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(api, "endpoint", double.url)
+    """A hub with an owner, a stranger and a reader; this machine has the owner's token."""
+    users = {
+        TOKEN: User("me", ("org",)),
+        OTHER: User("stranger"),
+        READER: User("me", ("org",), may_write=False),
+    }
+    with upload_hub(monkeypatch, tmp_path, **users) as double:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield double
 
@@ -551,6 +544,23 @@ def test_a_checkpoint_without_a_card_is_pushed_with_a_hint(hub, checkpoint):
     (checkpoint / "README.md").unlink()
     with pytest.warns(EPMQWarning, match="no `README.md`: `epmq-gptq card llama-4bit`"):
         push(checkpoint, "org/llama-4bit")
+
+
+def test_a_licence_of_its_own_wants_its_text(hub, checkpoint):
+    (checkpoint / "README.md").write_text("---\nlicense: other\nlicense_name: mine\n---\n")
+    with pytest.warns(EPMQWarning, match="put a `LICENSE` into `llama-4bit`"):
+        push(checkpoint, "org/llama-4bit", dry_run=True)
+    (checkpoint / "LICENSE").write_text("Do as you like.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EPMQWarning)
+        push(checkpoint, "org/llama-4bit", dry_run=True)
+
+
+def test_a_vocabulary_may_hold_any_string(hub, checkpoint):
+    vocabulary = json.loads((checkpoint / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"] |= {"/home/me/models": 300, str(checkpoint): 301}
+    (checkpoint / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert "tokenizer.json" in push(checkpoint, "org/llama-4bit", dry_run=True).files
 
 
 # ---- the model in memory -----------------------------------------------------------------------

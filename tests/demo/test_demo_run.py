@@ -5,10 +5,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from hub_uploads import User, upload_hub
+from huggingface_hub import ModelCard
 from rich.console import Console
 
 from epmq_gptq.demo import DemoOptions, run_demo
 from epmq_gptq.errors import EPMQInputError
+from epmq_gptq.publishing import push
 
 
 def test_quick_demo(tmp_path, monkeypatch):
@@ -35,6 +38,18 @@ def test_quick_demo(tmp_path, monkeypatch):
     assert str(tmp_path) not in json.dumps(saved)
     # The host's log folder went to the scratch folder, not here.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
+
+    # Its checkpoint describes itself, and is published.
+    card = ModelCard.load(options.out / "README.md")
+    assert all(f"| {name} |" in card.text for name in result.scores["base"])
+    assert "Merged with `average`" in card.text
+    assert str(tmp_path) not in card.content
+    with upload_hub(monkeypatch, tmp_path / "hub", hf_demo=User("me")) as hub:
+        done = push(options.out, "me/demo-4bit", token="hf_demo")
+        published = hub.folder("me/demo-4bit")
+        assert {"README.md", "config.json", "model.safetensors"} <= set(done.files)
+        for name in done.files:
+            assert (published / name).read_bytes() == (options.out / name).read_bytes()
 
     with pytest.raises(EPMQInputError, match="should be new or empty"):
         run_demo(options, Console(file=screen))
