@@ -17,7 +17,7 @@ from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
 from .on_import import when_host_is_imported
 
 if TYPE_CHECKING:
-    from .api import evaluate, explain, inspect, merge, methods, quantize
+    from .api import evaluate, explain, inspect, merge, methods, quantize, report, retention
     from .config import EPMQConfig
     from .models.loading import load_clip
     from .rows import RowSource
@@ -42,10 +42,21 @@ __all__ = [
     "merge",
     "methods",
     "quantize",
+    "report",
+    "retention",
 ]
 
 # No submodule may bear one of these names: importing it would put it in the function's place.
-_COMMANDS = ("evaluate", "explain", "inspect", "merge", "methods", "quantize")
+_COMMANDS = (
+    "evaluate",
+    "explain",
+    "inspect",
+    "merge",
+    "methods",
+    "quantize",
+    "report",
+    "retention",
+)
 
 when_host_is_imported()
 

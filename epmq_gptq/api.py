@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .merging import MergeResult
     from .pipeline import RunResult
     from .preflight import Preflight
+    from .regret import Retention
 
 __all__ = [
     "EvaluateResult",
@@ -50,13 +51,17 @@ __all__ = [
     "MergeMethods",
     "MergedModel",
     "QuantizeResult",
+    "ReportResult",
     "Result",
+    "RetentionResult",
     "evaluate",
     "explain",
     "inspect",
     "merge",
     "methods",
     "quantize",
+    "report",
+    "retention",
 ]
 
 # Of a table in a notebook, whose cells scroll; `str()` of a result has it, too.
@@ -473,6 +478,140 @@ def explain(code: str | EPMQError) -> ExplainResult:
     from .explanations import as_dict
 
     return ExplainResult(as_dict(code.code if isinstance(code, EPMQError) else code))
+
+
+# ---- report and retention ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class ReportResult(Result):
+    """What a run did to each expert.
+
+    Attributes:
+        figures: see :func:`epmq_gptq.regret.report_figures`.
+        out: file of the page, None where none was written.
+    """
+
+    figures: dict[str, Any]
+    out: Path | None = None
+
+    @property
+    def page(self) -> str:
+        """The page: one HTML document that needs no network."""
+        from .regret.page import page_of
+
+        return page_of(self.figures)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.figures)
+
+    def print_to(self, console: Console) -> None:
+        from .regret.table import expert_table
+
+        console.print(expert_table(self.figures))
+
+    def __repr__(self) -> str:
+        run = self.figures["run"]
+        return f"<ReportResult {run['checkpoint']}: {len(self.figures['experts'])} experts>"
+
+
+def report(
+    folder: str | Path,
+    *,
+    out: str | Path | None = None,
+    baseline: str | Path | None = None,
+    evaluation: str | Path | None = None,
+    overwrite: bool = False,
+) -> ReportResult:
+    """What a run did to each expert, module by module; ``epmq-gptq report``.
+
+    Args:
+        folder: of the quantized checkpoint.
+        out: file of the page, ending in .html; None writes none.
+        baseline: folder of the same merge under plain GPTQ (``profile="gptq"``).
+        evaluation: file of :func:`retention`; None for the one in ``folder``, if there.
+        overwrite: replace a page.
+
+    Raises:
+        EPMQInputError: there is no report, what was given belongs to another model, or the place
+            is taken.
+    """
+    from .regret.sources import Sources, check_page
+
+    given = [None if one is None else _path(one) for one in (folder, baseline, evaluation)]
+    sources = Sources.read(*given)
+    page = None if out is None else _path(out)
+    if page is not None:
+        check_page(page, [one for one in given if one is not None], overwrite)
+    result = ReportResult(sources.figures(), page)
+    if page is not None:
+        from .output import write_whole
+
+        write_whole(page, result.page)
+    return result
+
+
+@dataclass(frozen=True, repr=False)
+class RetentionResult(Result):
+    """How much of every expert is kept.
+
+    Attributes:
+        retention: the figures.
+        out: the file that they were written to.
+    """
+
+    retention: Retention
+    out: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.retention.to_dict()
+
+    def print_to(self, console: Console) -> None:
+        from .regret.table import retention_table
+
+        console.print(retention_table(self.retention))
+
+    def __repr__(self) -> str:
+        return f"<RetentionResult: {len(self.retention.experts)} experts>"
+
+
+def retention(
+    folder: str | Path,
+    *,
+    quantized: str | Path,
+    experts: Mapping[str, str | Path],
+    merged: str | Path | None = None,
+    base: str | Path | None = None,
+    gptq: str | Path | None = None,
+    task: Mapping[str, str] | None = None,
+    metric: Mapping[str, str] | None = None,
+) -> RetentionResult:
+    """How much of every expert a quantized merge has kept; ``epmq-gptq retention``.
+
+    Writes ``epmq_evaluation.json`` into ``folder``, where :func:`report` and the card find it.
+
+    Args:
+        folder: of the quantized checkpoint.
+        quantized, merged, base, gptq: files of ``epmq-gptq evaluate --json`` about these models.
+        experts: name → the same about that expert.
+        task, metric: name → what that expert is for, and how it is measured, where it is not clear.
+
+    Raises:
+        EPMQInputError: a file cannot be used, or models were not measured alike.
+    """
+    from .regret.retention import retention_of, write_retention
+
+    place = _path(folder)
+    others = {"base": base, "merged": merged, "gptq": gptq}
+    found, _ = retention_of(
+        place,
+        quantized=_path(quantized),
+        experts={name: _path(file) for name, file in experts.items()},
+        others={stage: _path(file) for stage, file in others.items() if file is not None},
+        tasks=task,
+        metrics=metric,
+    )
+    return RetentionResult(found, write_retention(place, found))
 
 
 # ---- what a call means ---------------------------------------------------------------------------

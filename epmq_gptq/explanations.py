@@ -391,6 +391,24 @@ _ENTRIES: dict[str, Explanation] = {
         example="epmq_gptq.errors.EPMQInputError: `save` came before `quantize`: there is nothing "
         "quantized to save yet. Call `quantize` first.",
     ),
+    "EPMQ-F53": Explanation(
+        cause="`epmq_report.json` or `epmq_evaluation.json` was written by another version, was "
+        "changed by hand, or is another program's; or a file that `evaluate --json` did not write.",
+        remedy="Quantize, evaluate or combine again with this version; a report that names a key "
+        "was written, but not by this version's rules.",
+        example="error: `epmq_report.json`: `schema` should be 1, got 2. Quantize and save again "
+        "with this version of epmq_gptq, or restore the file. [EPMQ-F53]",
+    ),
+    "EPMQ-F54": Explanation(
+        means="Figures side by side would say nothing.",
+        cause="A baseline of another merge or of other experts; evaluations of models on other "
+        "items, with another seed or number of shots; the evaluation of the wrong model.",
+        remedy="Make the baseline from the same merge and the same experts with `profile: gptq`, "
+        "and evaluate every model with the same options.",
+        example="error: `--quantized`: `math` was measured with another `seed` than for "
+        "`--expert math`. Evaluate every model in the same way, and name experts as in the run. "
+        "[EPMQ-F54]",
+    ),
     "EPMQ-H01": Explanation(
         means="A warning. Every fast kernel is compared with its reference on your device before "
         "it is used.",

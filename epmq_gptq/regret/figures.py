@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..retention import STAGES, Retention
 from .layers import kind_of, layer_labels, layer_of, layers_in_order
+from .retention import STAGES, Retention
 from .run import ExpertFigures, ModuleFigures, RunReport, check_baseline, check_retention
 
 SCHEMA = 1

@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..retention import Retention
 from ..summary import human_size
 from .figures import report_figures
+from .retention import Retention
 from .run import RunReport
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -41,7 +41,7 @@ def report_page(
     Args:
         report: see :func:`~epmq_gptq.regret.read_report`.
         baseline: of a run with plain GPTQ on the same merge.
-        retention: see :func:`~epmq_gptq.retention.read_retention`.
+        retention: see :func:`~epmq_gptq.regret.read_retention`.
 
     Raises:
         EPMQInputError: the baseline is that of another model.
@@ -60,7 +60,7 @@ def page_of(document: dict[str, Any]) -> str:
         lead=_lead(document),
         has=_present(document),
         evaluated=any(one["retention"] for one in document["experts"]),
-        guards=[one for one in document["modules"] if one["target"] != "experts"],
+        guards=[one for one in document["modules"] if one["target"] != "experts" and one["reason"]],
         data=json_for_html(page_data(document)),
         style=_asset("page.css"),
         scripts=scripts,

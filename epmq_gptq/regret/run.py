@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import EPMQInputError
 from ..folders import list_folder, read_json
 from ..json_values import JsonValues
-from ..retention import Retention
+from .retention import Retention
 
 FILE_NAME = "epmq_report.json"
 SCHEMA = 1

@@ -10,8 +10,8 @@ import regret_samples as samples
 from epmq_gptq.regret import read_report, report_figures
 from epmq_gptq.regret.figures import FIGURES, figures_of, mean_figures
 from epmq_gptq.regret.layers import kind_of
+from epmq_gptq.regret.retention import read_retention
 from epmq_gptq.regret.run import AimFigures, ExpertFigures
-from epmq_gptq.retention import read_retention
 
 
 @pytest.fixture(params=["llama", "t5", "clip", "moe"])

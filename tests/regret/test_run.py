@@ -8,7 +8,7 @@ import regret_samples as samples
 
 from epmq_gptq import EPMQInputError
 from epmq_gptq.regret import check_baseline, read_report
-from epmq_gptq.retention import ExpertRetention, Retention
+from epmq_gptq.regret.retention import ExpertRetention, Retention
 
 
 @pytest.fixture

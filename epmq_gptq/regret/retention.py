@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import EPMQInputError
-from .folders import list_folder, read_json
-from .json_values import JsonValues
-from .output import write_whole
+from ..errors import EPMQInputError
+from ..folders import list_folder, read_json
+from ..json_values import JsonValues
+from ..output import write_whole
 
 FILE_NAME = "epmq_evaluation.json"
 SCHEMA = 1
@@ -139,6 +139,70 @@ def write_retention(folder: str | Path, retention: Retention) -> Path:
 
 
 # ---- combining evaluations ----------------------------------------------------------------------
+
+
+def retention_of(
+    folder: Path,
+    *,
+    quantized: Path,
+    experts: Mapping[str, Path],
+    others: Mapping[str, Path] | None = None,
+    tasks: Mapping[str, str] | None = None,
+    metrics: Mapping[str, str] | None = None,
+) -> tuple[Retention, list[str]]:
+    """Put files of ``epmq-gptq evaluate --json`` side by side; nothing is written.
+
+    Args:
+        folder: the quantized checkpoint.
+        quantized: file about it.
+        experts: name → file about that expert.
+        others: ``"base"``, ``"merged"``, ``"gptq"`` → file about that model.
+        tasks, metrics: see :func:`combine`.
+
+    Returns:
+        What is kept, and the names of the checkpoint's experts without a file.
+
+    Raises:
+        EPMQInputError: a file or the folder is not what it should be, the folder has no such
+            expert, or see :func:`combine`.
+    """
+    known = _experts_of(folder)
+    for name in experts:
+        if name not in known:
+            raise EPMQInputError(
+                f"`--expert`: `{folder.name}` has no expert `{name}`; it has {', '.join(known)}.",
+                code="EPMQ-F54",
+                subject="`--expert`",
+                remedy="Name the experts as in the run.",
+            )
+    found = combine(
+        {name: EvaluationFile(file, f"--expert {name}") for name, file in experts.items()},
+        EvaluationFile(quantized, "--quantized", quantized=True),
+        {
+            stage: EvaluationFile(file, f"--{stage}", quantized=stage == "gptq")
+            for stage, file in (others or {}).items()
+        },
+        tasks=tasks,
+        metrics=metrics,
+    )
+    return found, [name for name in known if name not in experts]
+
+
+def _experts_of(folder: Path) -> list[str]:
+    """The experts that a checkpoint of ours was made from."""
+    record = read_json(folder, "quantize_config.json", f"`{folder.name}`")
+    meta = record.get("meta")
+    meta = meta.get("epmq") if isinstance(meta, dict) else None
+    experts = meta.get("experts") if isinstance(meta, dict) else None
+    if not isinstance(experts, list):
+        raise EPMQInputError(
+            f"`{folder.name}` does not say which experts it was made from, so it is not a "
+            "checkpoint of epmq_gptq.",
+            code="EPMQ-F53",
+            subject="`DIR`",
+            remedy="Give the folder that `epmq-gptq quantize` wrote.",
+        )
+    return [str(one["name"]) for one in experts if isinstance(one, dict) and "name" in one]
 
 
 @dataclass(frozen=True)
