@@ -37,7 +37,7 @@ from .folders import (
     read_json,
     reason_of,
 )
-from .hub import fetch, listed_files, local_folder, parse_hub_id
+from .hub import fetch, fetch_card, listed_files, local_folder, parse_hub_id
 
 # Far above any model in use; what a header may make us hold in memory.
 MAX_TENSORS = 1_000_000
@@ -116,6 +116,7 @@ def resolve_source(spec: str | Path, *, what: str, require_pinned: bool = False)
     fetched = fetch(text, what=what, patterns=HUB_PATTERNS, require_pinned=require_pinned)
     if not any(fetched.folder.glob("*.safetensors")):
         raise no_weights(Path(fetched.repository), listed_files(fetched), what)
+    fetch_card(fetched)
     asked = parse_hub_id(text)
     if not asked.is_pinned:
         warnings.warn(

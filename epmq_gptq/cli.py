@@ -13,12 +13,15 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
+from .commands.card import card
+from .commands.check import check
 from .commands.common import examples_text, usage_failed
 from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.explain import explain
 from .commands.inspect import inspect
 from .commands.merge import merge, methods
+from .commands.push import push
 from .commands.quantize import quantize
 from .commands.report import report
 from .commands.requantize import requantize
@@ -100,7 +103,8 @@ def _root(
 
 for _command in (
     *(quantize, requantize, inspect, merge, methods),
-    *(evaluate, retention, report, demo, explain),
+    *(evaluate, retention, report, check, card, push),
+    *(demo, explain),
 ):
     app.command(cls=Command)(_command)
 

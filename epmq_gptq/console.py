@@ -196,11 +196,17 @@ class Reporter:
             yield
 
     @contextlib.contextmanager
-    def exit_codes(self, on_error: Callable[[BaseException], None] | None = None) -> Iterator[None]:
+    def exit_codes(
+        self,
+        on_error: Callable[[BaseException], None] | None = None,
+        *,
+        interrupted: str = "no checkpoint was written.",
+    ) -> Iterator[None]:
         """Turn what goes wrong into one line and an exit code.
 
         Args:
             on_error: called with what was raised before it is printed.
+            interrupted: what an interrupt leaves behind.
 
         Raises:
             SystemExit: with one of :class:`~epmq_gptq.exit_codes.ExitCode`.
@@ -214,16 +220,16 @@ class Reporter:
         except (Exception, KeyboardInterrupt) as error:
             if on_error is not None:
                 on_error(error)
-            self._failed(error)
+            self._failed(error, interrupted)
             raise SystemExit(ExitCode.of(error)) from None
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, error: BaseException, interrupted: str) -> None:
         if isinstance(error, EPMQError):
             if self.verbose:
                 self._traceback()
             self.error(str(error), error.code)
         elif isinstance(error, KeyboardInterrupt):
-            self.error("interrupted; no checkpoint was written.")
+            self.error(f"interrupted; {interrupted}")
         else:
             self._unexpected(error)
 

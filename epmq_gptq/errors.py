@@ -11,7 +11,7 @@ import copyreg
 from typing import Any
 
 # Code -> what it stands for. F: a fault of the inputs or of the numbers; O: of an option or a file
-# of options; H: of the host; S: of a save.
+# of options; H: of the host; S: of a save; P: of publishing.
 CODES: dict[str, str] = {
     "EPMQ-F01": "a tensor that is needed is missing",
     "EPMQ-F02": "a checkpoint holds tensors that are not used",
@@ -58,6 +58,7 @@ CODES: dict[str, str] = {
     "EPMQ-F53": "a report or an evaluation is not readable as such",
     "EPMQ-F54": "figures of a run, a baseline or evaluations do not belong together",
     "EPMQ-F55": "statistics are of another model, or lack what is asked of them",
+    "EPMQ-F56": "a checkpoint is no GPTQ checkpoint",
     "EPMQ-H01": "a fast kernel is missing: the same result takes longer",
     "EPMQ-O01": "an option has a wrong type or value",
     "EPMQ-O02": "an option does not exist",
@@ -65,6 +66,10 @@ CODES: dict[str, str] = {
     "EPMQ-O04": "a file of options is not readable",
     "EPMQ-N01": "a rounded weight, a target or a scale is not finite",
     "EPMQ-S01": "what was written does not read back as it should",
+    "EPMQ-P01": "a checkpoint is not fit to be published",
+    "EPMQ-P02": "a hub wants another token, or a right that it does not give",
+    "EPMQ-P03": "a repository or a revision of a hub cannot be used as asked",
+    "EPMQ-P04": "an upload did not come to its end",
 }
 
 # Codes of the table that nothing raises or reports yet.

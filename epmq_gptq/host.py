@@ -1,7 +1,8 @@
 """The one door to GPTQModel: what we hook, what private things we lean on, and the probe for both.
 
-``install()`` wraps the host's loading, quantizing and saving. Each hands over to E-PMQ where there
-is an :class:`EPMQConfig` and is the host's own otherwise; nothing else of the host is changed.
+``install()`` wraps the host's loading, quantizing and saving, and adds ``push_to_hub``. Each hands
+over to E-PMQ where there is an :class:`EPMQConfig` and is the host's own otherwise; nothing else of
+the host is changed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from .preflight.runs import run_preflight
 from .preparing import planned, recording_of, settle_alpha, trajectories_of
 from .processor import EPMQProcessor
 from .provenance import provenance, requantized
+from .publishing import push_model
 from .recorded.bundle import Bundle
 from .recorded.processor import RecordedProcessor
 from .recorded.recording import about_run
@@ -196,6 +198,24 @@ def install() -> None:
         setattr(GPTQModel, name, classmethod(_checked_loader(getattr(GPTQModel, name).__func__)))
     quantize._epmq = True
     BaseQModel._quantize_with_calibration, BaseQModel.save = quantize, save
+    BaseQModel.push_to_hub = _push_to_hub(BaseQModel.__dict__.get("push_to_hub"))
+
+
+def _push_to_hub(host_push) -> property:
+    """``push_to_hub`` of models with an ``EPMQConfig``; of others it stays what it is.
+
+    A property, because the host has none of its own (7.6): what it does not know it looks up in
+    the model that it wraps, and an AttributeError from here leads there as before.
+    """
+
+    def push_to_hub(self):
+        if isinstance(self.__dict__.get("quantize_config"), EPMQConfig):
+            return functools.partial(push_model, self)
+        if host_push is None:
+            raise AttributeError(f"`{type(self).__name__}` has no attribute `push_to_hub`")
+        return host_push.__get__(self, type(self))
+
+    return property(push_to_hub)
 
 
 def _checked_loader(host_load):

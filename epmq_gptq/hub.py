@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import EPMQInputError
+from .folders import CARD_NAME
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # Folders hold other formats and training states; `consolidated*` is a second copy of the weights.
 _UNNEEDED = ("*/*", "consolidated*")
+_TIMEOUT_S = 30
 
 
 class HubId(NamedTuple):
@@ -131,6 +134,21 @@ def fetch(
     return Fetched(asked.repository, Path(folder).name, Path(folder))
 
 
+def fetch_card(fetched: Fetched) -> None:
+    """Put a repository's ``README.md`` into its snapshot: it says under which licence a model is.
+
+    A model works without: whatever keeps it from coming is left at that. It is not one of the
+    patterns of :func:`fetch`, or snapshots of earlier versions would count as incomplete.
+    """
+    if (fetched.folder / CARD_NAME).exists():
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+    with contextlib.suppress(OSError, ValueError, HTTPError, EntryNotFoundError):
+        hf_hub_download(fetched.repository, CARD_NAME, revision=fetched.commit)
+
+
 def listed_files(fetched: Fetched) -> set[str]:
     """The names of all files of a fetched repository, those included that were left there."""
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -142,6 +160,104 @@ def listed_files(fetched: Fetched) -> set[str]:
     except (ImportError, CachedRepoTreeNotFoundError):
         return {file.name for file in fetched.folder.iterdir()}
     return {file.path for file in tree}
+
+
+def is_offline() -> bool:
+    """Whether the hub's library was told to use its cache only (``HF_HUB_OFFLINE``)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+class Remote:
+    """Single files and ranges of a hub repository at one commit; nothing of it is kept."""
+
+    def __init__(self, asked: HubId, commit: str, what: str):
+        self.repository, self.commit = asked.repository, commit
+        self._asked, self._what = asked, what
+        self._starts: dict[str, int] = {}
+
+    def headers(self) -> dict[str, Any]:
+        """Safetensors file → its header, as ``huggingface_hub`` reads it."""
+        from huggingface_hub.errors import NotASafetensorsRepoError
+        from huggingface_hub.hf_api import api
+
+        with _told(self._asked, self._what):
+            try:
+                found = api.get_safetensors_metadata(self.repository, revision=self.commit)
+            except NotASafetensorsRepoError as error:
+                raise EPMQInputError(
+                    f"{self._what}: `{self.repository}` has no safetensors weights.",
+                    code="EPMQ-F14",
+                    subject=self._what,
+                    remedy="Give one that has; pickle files are never opened.",
+                ) from error
+        return dict(found.files_metadata)
+
+    def file(self, name: str) -> bytes | None:
+        """A small file; None where there is no such file."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        with _told(self._asked, self._what):
+            try:
+                return self._get(name)
+            except EntryNotFoundError:
+                return None
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes ``start:stop`` of the data of a safetensors file, the header not counted."""
+        with _told(self._asked, self._what):
+            if name not in self._starts:
+                length = int.from_bytes(self._get(name, "bytes=0-7")[:8], "little")
+                self._starts[name] = 8 + length
+            first = self._starts[name] + start
+            content = self._get(name, f"bytes={first}-{first + stop - start - 1}")
+        if len(content) != stop - start:
+            raise EPMQInputError(
+                f"{self._what}: `{name}` is shorter than its header says.",
+                code="EPMQ-F12",
+                subject=f"`{name}`",
+                remedy="Upload it again, or give a local folder.",
+            )
+        return content
+
+    def _get(self, name: str, byte_range: str | None = None) -> bytes:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        headers = build_hf_headers() | ({"range": byte_range} if byte_range else {})
+        url = hf_hub_url(self.repository, name, revision=self.commit)
+        response = get_session().get(url, headers=headers, timeout=_TIMEOUT_S)
+        hf_raise_for_status(response)
+        return response.content
+
+
+def open_remote(text: str, *, what: str) -> Remote:
+    """A hub repository at the commit that ``org/name[@revision]`` means today.
+
+    Raises:
+        EPMQInputError: no such repository, no access, or not reachable.
+    """
+    from huggingface_hub.hf_api import api
+
+    asked = parse_hub_id(text)
+    assert asked is not None, text
+    with _told(asked, what):
+        commit = api.model_info(asked.repository, revision=asked.revision).sha
+    return Remote(asked, commit, what)
+
+
+@contextlib.contextmanager
+def _told(asked: HubId, what: str) -> Iterator[None]:
+    """Whatever a hub says no to becomes one of our errors."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except EPMQInputError:
+        raise
+    except (OSError, ValueError, HTTPError) as error:
+        raise _refusal(asked, what, error) from error
 
 
 def _refusal(asked: HubId, what: str, error: Exception) -> EPMQInputError:

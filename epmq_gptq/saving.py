@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from .card import write_card
 from .checkpoints import Checkpoint
 from .errors import EPMQError, EPMQInputError
 from .folders import INDEX_NAME, read_json
@@ -76,7 +77,10 @@ def save_whole(
             with _reading_back():
                 model.epmq_statistics.copy_to(staging / FOLDER_NAME)
                 Bundle(staging / FOLDER_NAME).verify()
+        # Whatever card the host may have copied is of another model. The folder is new.
+        write_card(staging, overwrite=True, sources=model.epmq_sources)
         verify_checkpoint(staging, [m.module for m in model.epmq_report.modules])
+    model.epmq_saved = target
 
 
 def _store_dense_tensors_as_merged(folder: Path, merged: Path) -> None:

@@ -27,6 +27,7 @@ class Repository:
     commits: dict[str, Path] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
 
     def find(self, revision: str) -> str | None:
         """The commit that a branch, a tag or a commit means."""
@@ -41,6 +42,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []  # (method, path)
         self.is_down = False
+        self.sent = 0  # bytes of ranges
         hub = self
 
         class Handler(_Handler):
@@ -119,7 +121,7 @@ class Hub:
                 "id": name,
                 "modelId": name,
                 "sha": commit,
-                "private": False,
+                "private": repository.private,
                 "gated": "manual" if repository.gated else False,
                 "disabled": False,
                 "tags": [],
@@ -140,7 +142,16 @@ class Hub:
             request.refuse(404, "EntryNotFound", "Entry not found")
             return
         headers = {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        request.reply(200, file.read_bytes(), headers)
+        content = file.read_bytes()
+        asked = request.headers.get("Range", "")
+        if not asked:
+            request.reply(200, content, headers)
+            return
+        first, last = (int(part) for part in asked.removeprefix("bytes=").split("-"))
+        part = content[first : last + 1]
+        self.sent += len(part)
+        headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
+        request.reply(206, part, headers)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -164,6 +175,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
+
+    def do_PUT(self) -> None:
+        self.answer()
+
+    def body(self) -> bytes:
+        """What came with the request; to be read before it is answered, or the next one starts
+        in the middle of it."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        content = b""
+        while size := int(self.rfile.readline().strip(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
 
     def log_message(self, *_) -> None:
         """The log is ``Hub.requests``."""

@@ -114,7 +114,7 @@ def test_every_code_is_used_or_reserved():
 
 def test_codes_are_alike():
     for code, meaning in CODES.items():
-        assert re.fullmatch(r"EPMQ-[FOHNS]\d\d", code)
+        assert re.fullmatch(r"EPMQ-[FOHNSP]\d\d", code)
         assert meaning and meaning[0].islower() and not meaning.endswith(".")
     assert list(CODES) == list(dict.fromkeys(CODES)) and set(CODES) >= RESERVED
 

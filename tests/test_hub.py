@@ -107,7 +107,7 @@ def test_branch_tag_and_commit_mean_one_commit_each(hub, tmp_path):
 
 def test_only_what_a_model_needs_is_fetched(hub, tmp_path):
     folder = model(tmp_path / "m")
-    unneeded = ["pytorch_model.bin", "modeling_x.py", "model.gguf", "README.md", "train.log"]
+    unneeded = ["pytorch_model.bin", "modeling_x.py", "model.gguf", "train.log"]
     nested = [
         "original/consolidated.00.safetensors",
         "checkpoint-9/model.safetensors",
@@ -118,10 +118,11 @@ def test_only_what_a_model_needs_is_fetched(hub, tmp_path):
         (folder / name).write_bytes(b"x")
     for name in ["tokenizer.json", "merges.txt", "chat_template.jinja", "mergekit_config.yml"]:
         (folder / name).write_text(json.dumps([name]))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     hub.add("org/math", folder)
     source, _ = resolve("org/math")
     fetched = {"config.json", "model.safetensors", "tokenizer.json", "merges.txt"}
-    fetched |= {"chat_template.jinja", "mergekit_config.yml"}
+    fetched |= {"chat_template.jinja", "mergekit_config.yml", "README.md"}
     assert {file.name for file in source.path.iterdir()} == fetched
     assert hub.downloaded() == {f"org/math/{name}" for name in fetched}
     # The second time everything is there.

@@ -103,7 +103,11 @@ class Run:
 
 @contextlib.contextmanager
 def running(
-    json_report: Path | None = None, quiet: bool = False, verbose: bool = False
+    json_report: Path | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+    *,
+    interrupted: str = "no checkpoint was written.",
 ) -> Iterator[Run]:
     """The frame of every command: ``--json``, ``--quiet``, ``--verbose``, errors, exit codes.
 
@@ -114,11 +118,14 @@ def running(
                 run.show(table)                         # what was asked for
                 run.write({"card": text})               # the same for a machine
 
+    Args:
+        interrupted: what an interrupt leaves behind.
+
     Raises:
         SystemExit: something went wrong; see :class:`~epmq_gptq.exit_codes.ExitCode`.
     """
     run = Run(json_report, quiet, verbose)
-    with run.reporter.exit_codes(run._write_error):
+    with run.reporter.exit_codes(run._write_error, interrupted=interrupted):
         run._open()
         yield run
 

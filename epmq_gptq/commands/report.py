@@ -52,7 +52,8 @@ def report(
     inputs = [one for one in (folder, baseline, evaluation) if one is not None]
     # Not even an error may be written over what is read.
     clash = json_report is not None and is_input(json_report, inputs)
-    with running(None if clash else json_report, quiet, verbose) as run:
+    file = None if clash else json_report
+    with running(file, quiet, verbose, interrupted="no report was written.") as run:
         if clash:
             check_no_input(json_report, "--json", inputs)
         folder, baseline, evaluation = (

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .. import __version__
-from ..console import Reporter, StepProgress
-from ..errors import EPMQInputError
-from ..summary import print_summary
-from ..targets import check_file
-from .common import Overwrite, Verbose, place, print_checkpoint, values, write_error
+from .common import (
+    Json,
+    Overwrite,
+    Quiet,
+    Verbose,
+    examples,
+    place,
+    print_checkpoint,
+    running,
+    values,
+)
+from .completion import devices, dtypes, settings
 
 
+@examples(
+    (
+        "8 bits in place of 4",
+        "epmq-gptq requantize --from-statistics merged-4bit --merged ./merged \\\n"
+        "    --set bits=8 --out merged-8bit",
+    ),
+    (
+        "without one of the experts, and with a stronger anchor",
+        "epmq-gptq requantize --from-statistics merged-4bit --merged ./merged \\\n"
+        "    --leave-out code --set alpha=1 --out without-code",
+    ),
+)
 def requantize(
     statistics: Annotated[
         Path,
         typer.Option(
             "--from-statistics",
-            help="Statistics that `save_statistics: true` kept: their folder, or the checkpoint.",
+            help="What `save_statistics: true` kept: its folder, or the checkpoint.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
@@ -42,90 +58,47 @@ def requantize(
             "--set",
             help="key=value in place of what was recorded: alpha, alpha_pattern, bits, group_size, "
             "expert_weights, weighting, dynamic, …; repeatable.",
+            autocompletion=settings,
         ),
     ] = None,
     overwrite: Overwrite = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; default: a GPU where torch sees one.")
+        str | None,
+        typer.Option(
+            help="cpu or cuda; default: a GPU where torch sees one.", autocompletion=devices
+        ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="That weights are computed in; default: as recorded.")
-    ] = None,
-    json_report: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers of the run to this file.")
+        str | None,
+        typer.Option(
+            help="That weights are computed in; default: as recorded.", autocompletion=dtypes
+        ),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Show every layer, however many.")] = False,
+    json_report: Json = None,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Quantize a merge anew from recorded statistics: other bits, alphas or weights, or without
-    one of the experts; no calibration rows and no forward pass."""
-    reporter = Reporter(verbose=verbose)
-    with reporter.exit_codes(lambda error: write_error(json_report, error)):
-        if json_report is not None:
-            json_report = place(json_report)
-            check_file(json_report, "--json")
+    """Quantize a merge anew from statistics that a run kept: no rows, no forward pass.
+
+    With other bits, alphas or weights, or without one of the experts."""
+    with running(json_report, quiet, verbose) as run:
+        from ..recorded.run import requantize_folder
+        from ..summary import print_summary
+
         out = place(out)
-        options = values(setting or [], "--set")
-        with reporter.quiet_host():
-            report = _run(
-                reporter, place(statistics), merged, out, leave_out or [], options,
-                overwrite=overwrite, device=device, dtype=dtype,
-            )  # fmt: skip
-        print_summary(reporter.out, report, {}, full=full)
-        print_checkpoint(reporter, out)
-        if json_report is not None:
-            record = {"epmq_gptq": __version__, "checkpoint": out.name, "report": report.to_dict()}
-            json_report.write_text(json.dumps(record, indent=2, default=str) + "\n", "utf-8")
-            reporter.step("report", str(json_report))
-
-
-def _run(
-    reporter: Reporter,
-    statistics: Path,
-    merged: str | None,
-    out: Path,
-    leave_out: list[str],
-    options: dict[str, Any],
-    *,
-    overwrite: bool,
-    device: str | None,
-    dtype: str | None,
-):
-    from ..options import resolve_path
-    from ..output import check_output
-    from ..recorded.bundle import Bundle
-    from ..recorded.requantize import requantize as run
-
-    bundle = Bundle(statistics)
-    check_output(out, {"statistics": bundle.folder}, overwrite)
-    counted = [name for name in bundle.experts if name not in leave_out]
-    reporter.step("statistics", f"{len(bundle.layers)} modules, experts {', '.join(counted)}")
-    if merged is not None and resolve_path(merged, Path()).exists():
-        merged = str(resolve_path(merged, Path()))
-    for name in ("merged", "statistics", "device", "dtype", "progress", "leave_out"):
-        if name in options:
-            raise EPMQInputError(
-                f"`--set {name}` is not an option of EPMQConfig.",
-                code="EPMQ-O02",
-                subject="`--set`",
-                remedy="It is an option of this command, or none.",
+        with run.reporter.quiet_host():
+            report = requantize_folder(
+                place(statistics),
+                out,
+                run.reporter,
+                merged=merged,
+                leave_out=leave_out or [],
+                settings=values(setting or [], "--set"),
+                device=device,
+                dtype=dtype,
+                overwrite=overwrite,
             )
-    with StepProgress(reporter, "requantize", len(bundle.layers), "modules") as progress:
-
-        def advance(*, stage: str, layer_idx: int, module_names: list[str], **_) -> None:
-            if stage == "quant_complete":
-                progress.advance(len(module_names), f"layer {layer_idx}")
-
-        model = run(
-            bundle,
-            merged,
-            leave_out=leave_out,
-            device=device,
-            dtype=dtype,
-            progress=advance,
-            **options,
-        )
-    reporter.step("save", str(out))
-    with contextlib.closing(model.quantize_config):
-        model.save(str(out), overwrite=overwrite)
-    return model.epmq_report
+        print_summary(run.reporter.out, report, {}, full=full)
+        print_checkpoint(run.reporter, out)
+        run.write({"checkpoint": out.name, "report": report.to_dict()})

@@ -53,7 +53,7 @@ def retention(
     """Say how much of every expert a quantized merge has kept, from evaluations of all of them.
 
     Writes epmq_evaluation.json into DIR, where `report` and the model card find it."""
-    with running(json_report, quiet, verbose) as run:
+    with running(json_report, quiet, verbose, interrupted="nothing was written.") as run:
         from ..regret.retention import retention_of, write_retention
         from ..regret.table import retention_table
 

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..engines.printing import serving_table
 from ..summary import human_size
 from .findings import LISTED, Finding, Preflight, counted
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
-_VERDICTS = {"yes": "green", "limited": "yellow", "no": "bold red"}
 # Experts whose cosines fit beside one another.
 _MAX_COSINES = 12
 
@@ -27,7 +27,7 @@ def print_preflight(console: Console, result: Preflight) -> None:
     if result.coverage:
         console.print(_coverage(result.coverage))
     if result.serving:
-        console.print(_serving(result.serving))
+        console.print(serving_table(result.serving))
     for line in _estimates(result.estimates):
         console.print(line, highlight=False)
     for finding, more in _grouped(result.findings):
@@ -123,20 +123,6 @@ def _coverage(coverage: dict[str, Any]) -> Table:
     for name, count in coverage["tokens"].items():
         cells = [f"{count * share / int(d):.2f}" for d, share in widths.items()]
         table.add_row(name, f"{count:,}", *cells)
-    return table
-
-
-def _serving(serving: dict[str, Any]) -> Table:
-    table = Table()
-    for name in ("engine", "version", "serves it", "why"):
-        table.add_column(name, overflow="fold" if name == "why" else "ellipsis")
-    for engine, entry in serving.items():
-        why = "; ".join(reason["reason"] for reason in entry["reasons"])
-        if entry["verdict"] != "no" and "max_tensor_parallel" in entry:
-            split = f"on up to {counted(entry['max_tensor_parallel'], 'GPU')}"
-            why = f"{why}; {split}" if why else split
-        verdict = Text(entry["verdict"], _VERDICTS[entry["verdict"]])
-        table.add_row(engine, entry["version"], verdict, Text(why))
     return table
 
 

@@ -106,7 +106,7 @@ class RecordedProcessor(EPMQProcessor):
 
 def _missed(task: EPMQ, layer: RecordedLayer) -> EPMQNumericalError:
     return EPMQNumericalError(
-        f"`{task.full_name}`: its statistics were not recorded: {layer.bad}",
+        f"`{task.full_name}`: its statistics were not recorded ({layer.bad.rstrip('.')}).",
         module=task.full_name,
         code="EPMQ-F55",
         subject=f"module `{task.full_name}`",

@@ -2,9 +2,11 @@
 
 import pytest
 
+from epmq_gptq.engines import ENGINES, rules
+from epmq_gptq.engines.rules import RULES
+from epmq_gptq.engines.table import VERSIONS
 from epmq_gptq.linears import Linear
-from epmq_gptq.preflight import serving
-from epmq_gptq.preflight.serving import ENGINES, RULES, Export, check_serving
+from epmq_gptq.preflight.serving import Export, check_serving
 
 CONFIG = {"num_attention_heads": 32, "num_key_value_heads": 8}
 
@@ -46,14 +48,16 @@ def test_the_default_is_served_by_all():
     ("options", "expected"),
     [
         ({"bits": 8}, "limited yes yes yes"),
-        ({"bits": 3}, "no limited yes limited"),
-        ({"bits": 2}, "no limited yes yes"),
+        ({"bits": 3}, "no no yes limited"),
+        ({"bits": 2}, "no no yes yes"),
         ({"bits": 5}, "no no no limited"),
-        ({"sym": False}, "no limited yes yes"),
-        ({"group_size": 16}, "no yes yes yes"),
-        ({"group_size": 256}, "no yes yes yes"),
+        ({"sym": False}, "no no yes yes"),
+        ({"group_size": 16}, "no no yes yes"),
+        ({"group_size": 256}, "no no yes yes"),
+        ({"group_size": 48}, "no no no no"),
         ({"group_size": -1}, "yes yes yes yes"),
-        ({"desc_act": True}, "yes yes yes yes"),
+        ({"desc_act": True}, "no yes yes yes"),
+        ({"desc_act": True, "group_size": -1}, "yes yes yes yes"),
         ({"lm_head": True}, "yes yes no yes"),
         ({"dynamic": {r".*\.0\.": {"bits": 8}}}, "limited yes no yes"),
         ({"dynamic": {r".*q_proj": {"bits": 8}}}, "no no no yes"),
@@ -61,7 +65,7 @@ def test_the_default_is_served_by_all():
         ({"dynamic": {r"-:.*\.1\.": {}}}, "yes yes no yes"),
         ({"dynamic": {r".*\.(q|k|v)_proj": {"bits": 8}}}, "no no no yes"),
         ({"dynamic": {r".*self_attn": {"group_size": 32}}}, "yes yes no yes"),
-        ({"dynamic": {r".*down_proj": {"bits": 3}}}, "no limited no limited"),
+        ({"dynamic": {r".*down_proj": {"bits": 3}}}, "no no no limited"),
     ],
 )
 def test_rules(options, expected):
@@ -75,12 +79,15 @@ def test_reasons_name_the_layer_and_the_rule():
     hidden = reasons("vLLM", dynamic={r".*\.(q|k|v)_proj": {"bits": 8}})
     assert "fused name" in hidden
     small = reasons("vLLM", llama(hidden=96, inner=96), group_size=32)
-    assert "steps of 64" in small and "float16" in small
+    assert "steps of 64" in small and "filled up" in small
+    small = reasons("SGLang", llama(hidden=96, inner=96), group_size=32)
+    assert "the only one" in small and "qkv_proj` has 144 and 96" in small
+    assert "no longer reads" in reasons("vLLM", desc_act=True)
 
 
 def test_only_a_no_of_an_engine_is_a_finding():
     found, _ = check_serving(Export(bits=3), llama(), CONFIG)
-    assert [(f.level, f.subject) for f in found] == [("warning", "vLLM")]
+    assert [(f.level, f.subject) for f in found] == [("warning", "vLLM, SGLang")]
     found, _ = check_serving(Export(lm_head=True), llama(), CONFIG)
     assert [(f.level, f.subject) for f in found] == [("note", "transformers")]
 
@@ -106,7 +113,7 @@ def test_all_engines_that_say_no_are_one_line():
     assert (finding.level, finding.subject) == ("warning", "vLLM, SGLang, transformers")
     # The same reason once.
     assert finding.cause.count("it takes 2, 3, 4, 8") == 1
-    assert "SGLang 0.5 and transformers 5.19 with optimum 2.3: `model.layers.0" in finding.cause
+    assert "vLLM 0.32.0 and SGLang 0.5.23: `model.layers.0" in finding.cause
 
 
 def test_groups_that_do_not_divide_the_inputs_are_errors():
@@ -183,7 +190,8 @@ def test_rules_hold_for_the_installed_packages():
     assert TorchLinear.SUPPORTS_BITS == [2, 3, 4, 5, 6, 7, 8]
     assert TritonV2Linear.SUPPORTS_BITS == [2, 4, 8]
     # vLLM's Marlin is the same kernel.
-    assert tuple(MarlinLinear.SUPPORTS_GROUP_SIZE) == serving.MARLIN_GROUPS
+    assert tuple(MarlinLinear.SUPPORTS_GROUP_SIZE) == rules.MARLIN_GROUPS
+    assert tuple(TorchLinear.SUPPORTS_GROUP_SIZE) == rules.HOST_GROUPS
     assert (MarlinLinear.SUPPORTS_BITS, MarlinLinear.SUPPORTS_SYM) == ([4, 8], [True])
     for bits in range(2, 9):
         try:
@@ -195,7 +203,7 @@ def test_rules_hold_for_the_installed_packages():
 
 
 def test_every_rule_has_a_source_and_an_engine():
-    assert {rule.engine for rule in RULES} == set(ENGINES)
+    assert {rule.engine for rule in RULES} == set(VERSIONS) > set(ENGINES)
     assert all(rule.source and rule.verdict in ("no", "limited") for rule in RULES)
 
 

@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from build_checkpoint import FAMILIES
 from serving_reference import NEW_TOKENS, Reference, candidate_prompts, keep_clear_cut
 from vllm_server import server_env
 
@@ -79,28 +82,71 @@ def environment_report(serving_python: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def build_dir(serving_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What build_checkpoint.py made; `EPMQ_SERVING_BUILD` may name a folder it made earlier."""
+    """Family → what build_checkpoint.py made of it; `EPMQ_SERVING_BUILD` may name such a folder.
+
+    All families at once: on two cores this takes half the time.
+    """
     if given := os.environ.get("EPMQ_SERVING_BUILD"):
         return Path(given).absolute()
     out = tmp_path_factory.mktemp("build")
     script = HERE / "build_checkpoint.py"
-    run_script([sys.executable, script, out], timeout_s=480, cwd=out, env=project_env())
+
+    def build(family: str) -> None:
+        command = [sys.executable, script, family, out / family]
+        (out / family).mkdir()
+        run_script(command, timeout_s=900, cwd=out / family, env=project_env())
+
+    with ThreadPoolExecutor(len(FAMILIES)) as pool:
+        list(pool.map(build, FAMILIES))
     return out
 
 
 @pytest.fixture(scope="session")
-def served_checkpoint(build_dir: Path) -> Path:
-    """The quantized checkpoint that vLLM and GPTQModel both load."""
-    return build_dir / "quantized"
+def reference(build_dir: Path, tmp_path_factory) -> Callable[..., Reference]:
+    """GPTQModel's greedy continuations of a family's checkpoint, each made once.
+
+    Only prompts are kept where greedy decoding is not a coin toss.
+    """
+    made: dict[str, Reference] = {}
+
+    def of(family: str) -> Reference:
+        if family not in made:
+            folder = tmp_path_factory.mktemp("reference")
+            corpora = json.loads((build_dir / family / "corpora.json").read_text())
+            prompts = candidate_prompts(corpora)
+            rows = gptqmodel_rows(build_dir / family / "quantized", prompts, folder)
+            made[family] = keep_clear_cut(prompts, rows)
+        return made[family]
+
+    return of
+
+
+def gptqmodel_rows(checkpoint: Path, prompts: list[list[int]], folder: Path) -> list[dict]:
+    """What gptqmodel_tokens.py says of a checkpoint."""
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    command = [sys.executable, HERE / "gptqmodel_tokens.py", checkpoint]
+    command += [folder / "prompts.json", folder / "out.json", "--new-tokens", NEW_TOKENS]
+    run_script(command, timeout_s=300, cwd=folder, env=project_env())
+    return json.loads((folder / "out.json").read_text())
 
 
 @pytest.fixture(scope="session")
-def reference(build_dir: Path, served_checkpoint: Path, tmp_path_factory) -> Reference:
-    """GPTQModel's greedy continuations, of the prompts where greedy is not a coin toss."""
-    prompts = candidate_prompts(json.loads((build_dir / "corpora.json").read_text()))
-    folder = tmp_path_factory.mktemp("reference")
-    (folder / "prompts.json").write_text(json.dumps(prompts))
-    command = [sys.executable, HERE / "gptqmodel_tokens.py", served_checkpoint]
-    command += [folder / "prompts.json", folder / "out.json", "--new-tokens", NEW_TOKENS]
-    run_script(command, timeout_s=180, cwd=folder, env=project_env())
-    return keep_clear_cut(prompts, json.loads((folder / "out.json").read_text()))
+def verdict(tmp_path_factory) -> Callable[..., dict]:
+    """What `epmq-gptq check` says of a folder about vLLM; the exit code must agree with it."""
+
+    def of(checkpoint: Path) -> dict:
+        file = tmp_path_factory.mktemp("check") / "report.json"
+        command = [sys.executable, "-m", "epmq_gptq", "check", checkpoint, "--engine", "vLLM"]
+        done = subprocess.run(
+            [str(part) for part in [*command, "--json", file]],
+            env=project_env(),
+            cwd=file.parent,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        report = json.loads(file.read_text())
+        assert done.returncode == (0 if report["is_served"] else 2), done.stderr
+        return report["engines"]["vLLM"]
+
+    return of

@@ -1,7 +1,7 @@
 """What the serving environment holds, as JSON on the last line. Run by its own interpreter.
 
 Says whether this CPU has vLLM's int4 operator; if so, how far the stand-in is from it, relative to
-the largest output; and which of this project's modules could be imported.
+the largest output; which of this project's modules could be imported; and which models vLLM knows.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ import sys
 
 import torch
 import vllm._custom_ops  # noqa: F401  # loads vLLM's compiled operators
+from vllm.model_executor.models import ModelRegistry
 from vllm_reference_wna16 import cpu_gemm_wna16
 
 OUR_MODULES = ("epmq_gptq", "gptqmodel")
@@ -42,7 +43,12 @@ def main() -> None:
                 for bias in (False, True)
             )
     importable = [name for name in OUR_MODULES if importlib.util.find_spec(name)]
-    report = {"real_operator": real_operator, "errors": errors, "importable": importable}
+    report = {
+        "real_operator": real_operator,
+        "errors": errors,
+        "importable": importable,
+        "architectures": sorted(ModelRegistry.get_supported_archs()),
+    }
     sys.stdout.write(json.dumps(report) + "\n")
 
 
