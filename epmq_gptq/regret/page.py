@@ -126,6 +126,7 @@ def page_data(document: dict[str, Any]) -> dict[str, Any]:
     columns = ("module", "target", "reason", "bits", "alpha", "held_out_gain")
     data = {
         "experts": experts,
+        "judged_by": document["judged_by"],
         "layers": _column(document["layers"], "label"),
         "stacks": _column(document["layers"], "stack"),
         "kinds": list(kinds),
@@ -273,10 +274,11 @@ def _lead(document: dict[str, Any]) -> dict[str, Any] | None:
         values = [one["figures"][key] for one in experts]
         return None if None in values else sum(values) / len(values)
 
-    worst = max(experts, key=lambda one: one["figures"]["rounded"])
+    judge = document["judged_by"]
+    worst = max(experts, key=lambda one: one["figures"][judge] or 0.0)
     keys = ("merged", "rounded", "gptq", "aim_merged", "aim_rounded")
     return {key: mean(key) for key in keys} | {
         "worst": worst["name"],
-        "worst_rounded": worst["figures"]["rounded"],
+        "worst_figure": worst["figures"][judge],
         "count": len(experts),
     }

@@ -35,7 +35,7 @@ def expert_table(document: dict[str, Any]) -> Table:
     for one in experts:
         worst = one["worst"]
         cells = [percent(one["figures"][key]) for key in keys]
-        cells.append(f"{worst['module']} ({percent(worst['rounded'])})" if worst else "–")
+        cells.append(f"{worst['module']} ({percent(worst['figure'])})" if worst else "–")
         if evaluated:
             kept = one["retention"] and one["retention"]["percent"]["quantized"]
             cells.append("–" if kept is None else percent(kept / 100))
