@@ -400,13 +400,14 @@ _ENTRIES: dict[str, Explanation] = {
         "with this version of epmq_gptq, or restore the file. [EPMQ-F53]",
     ),
     "EPMQ-F54": Explanation(
-        cause="A baseline of another model, or evaluations on other tasks, splits or settings than "
-        "the one they shall be compared with.",
-        remedy="Quantize the same merge with `profile: gptq` and the same rows; evaluate all "
-        "models with the same options.",
-        example="error: `--baseline`: `merged-gptq` has other modules than `merged-4bit`: "
-        "`model.layers.0.mlp.down_proj` is in `merged-4bit` alone. Give a run on the same "
-        "merge and experts, made with `profile: gptq`. [EPMQ-F54]",
+        means="Figures side by side would say nothing.",
+        cause="A baseline of another merge or of other experts; evaluations of models on other "
+        "items, with another seed or number of shots; the evaluation of the wrong model.",
+        remedy="Make the baseline from the same merge and the same experts with `profile: gptq`, "
+        "and evaluate every model with the same options.",
+        example="error: `--quantized`: `math` was measured with another `seed` than for "
+        "`--expert math`. Evaluate every model in the same way, and name experts as in the run. "
+        "[EPMQ-F54]",
     ),
     "EPMQ-F55": Explanation(
         means="Statistics say how the experts differ from one merge, layer by layer: with other "

@@ -4,7 +4,7 @@ import json
 import math
 import random
 
-from epmq_gptq.run_report import ModuleReport, QuantizationReport
+from epmq_gptq.run_report import ExpertError, ModuleReport, QuantizationReport
 
 LLAMA = (
     "self_attn.q_proj",
@@ -121,21 +121,21 @@ def report(
             quantization = 0.012 * factor**0.5 * rounding * math.exp(rng.gauss(0, 0.2))
             solved = merged * 0.7
             rounded = solved + 0.8 * quantization
-            figures[name] = {
-                "rows": min(512, seen[name]),
-                "energy": 40 * factor * (1 + 30 * depth) * math.exp(rng.gauss(0, 0.2)),
-                "merged": merged,
-                "quantization": quantization,
-                "solved": solved,
-                "rounded": rounded,
-                "aim": {
+            figures[name] = ExpertError(
+                rows=min(512, seen[name]),
+                energy=40 * factor * (1 + 30 * depth) * math.exp(rng.gauss(0, 0.2)),
+                merged=merged,
+                quantization=quantization,
+                solved=solved,
+                rounded=rounded,
+                aim={
                     "merged": merged * 1.6 + 0.01,
                     "solved": merged * 0.9,
                     "rounded": merged * 0.9 + 0.7 * quantization,
                 }
                 if aim
                 else None,
-            }
+            )
         kept = number >= len(modules) - exceptions
         entries.append(
             ModuleReport(
@@ -155,9 +155,9 @@ def report(
                 rho=1.0,
                 held_out_gain=None if kept else 3.0 + rng.random(),
                 weights={name: 1.0 for name in experts},
+                experts=figures if measured else {},
             )
         )
-        entries[-1].experts = figures if measured else {}
     whole = QuantizationReport(
         modules=entries,
         rows={name: 64 for name in experts},
@@ -184,10 +184,7 @@ def report(
             ],
         },
     )
-    plain = whole.to_dict()
-    for entry, made in zip(plain["modules"], entries, strict=True):
-        entry["experts"] = made.experts
-    return {"schema": 1, "epmq_gptq": "0.1.0", "report": plain}
+    return {"schema": 1, "epmq_gptq": "0.1.0", "report": whole.to_dict()}
 
 
 def retention(experts, gptq=True):

@@ -61,8 +61,6 @@ def test_options_bear_the_names_of_the_commands_options():
         "settings": "setting",
         "experts": "expert",
         "parameters": "param",
-        "tasks": "task",
-        "metrics": "metric",
         "engines": "engine",
         "commit_message": "message",
     }

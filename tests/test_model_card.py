@@ -14,13 +14,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQInputError, cli
-<<<<<<< HEAD:tests/test_model_card.py
-=======
-from epmq_gptq.card import is_ours, model_card, write_card
 from epmq_gptq.card_sections import kept_share
->>>>>>> h-publish:tests/test_card.py
 from epmq_gptq.markdown import code, plain
-from epmq_gptq.model_card import is_ours, model_card, retention, write_card
+from epmq_gptq.model_card import is_ours, model_card, write_card
 from epmq_gptq.upload_plan import check_card, check_private
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

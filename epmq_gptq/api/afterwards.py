@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..engines import ServingReport
     from ..evaluation import Evaluation
     from ..publishing import Pushed
-    from ..retained import Retention
+    from ..regret.retention import Retention
 
 
 # ---- evaluate ------------------------------------------------------------------------------------
@@ -85,26 +85,94 @@ def _names(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-# ---- retention -----------------------------------------------------------------------------------
+# ---- report and retention ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class ReportResult(Result):
+    """What a run did to each expert.
+
+    Attributes:
+        figures: see :func:`epmq_gptq.regret.report_figures`.
+        out: file of the page, None where none was written.
+    """
+
+    figures: dict[str, Any]
+    out: Path | None = None
+
+    @property
+    def page(self) -> str:
+        """The page: one HTML document that needs no network."""
+        from ..regret.page import page_of
+
+        return page_of(self.figures)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.figures)
+
+    def print_to(self, console: Console) -> None:
+        from ..regret.table import expert_table
+
+        console.print(expert_table(self.figures))
+
+    def __repr__(self) -> str:
+        run = self.figures["run"]
+        return f"<ReportResult {run['checkpoint']}: {len(self.figures['experts'])} experts>"
+
+
+def report(
+    folder: str | Path,
+    *,
+    out: str | Path | None = None,
+    baseline: str | Path | None = None,
+    evaluation: str | Path | None = None,
+    overwrite: bool = False,
+) -> ReportResult:
+    """What a run did to each expert, module by module; ``epmq-gptq report``.
+
+    Args:
+        folder: of the quantized checkpoint.
+        out: file of the page, ending in .html; None writes none.
+        baseline: folder of the same merge under plain GPTQ (``profile="gptq"``).
+        evaluation: file of :func:`retention`; None for the one in ``folder``, if there.
+        overwrite: replace a page.
+
+    Raises:
+        EPMQInputError: there is no report, what was given belongs to another model, or the place
+            is taken.
+    """
+    from ..regret.sources import Sources, check_page
+
+    given = [None if one is None else path_of(one) for one in (folder, baseline, evaluation)]
+    sources = Sources.read(*given)
+    page = None if out is None else path_of(out)
+    if page is not None:
+        check_page(page, [one for one in given if one is not None], overwrite)
+    result = ReportResult(sources.figures(), page)
+    if page is not None:
+        from ..output import write_whole
+
+        write_whole(page, result.page)
+    return result
 
 
 @dataclass(frozen=True, repr=False)
 class RetentionResult(Result):
-    """How much of every expert a quantized merge has kept.
+    """How much of every expert is kept.
 
     Attributes:
-        retention: expert → its figures.
-        left: experts that were not evaluated.
+        retention: the figures.
+        out: the file that they were written to.
     """
 
     retention: Retention
-    left: tuple[str, ...] = ()
+    out: Path
 
     def to_dict(self) -> dict[str, Any]:
         return self.retention.to_dict()
 
     def print_to(self, console: Console) -> None:
-        from ..retained import retention_table
+        from ..regret.table import retention_table
 
         console.print(retention_table(self.retention))
 
@@ -120,107 +188,35 @@ def retention(
     merged: str | Path | None = None,
     base: str | Path | None = None,
     gptq: str | Path | None = None,
-    tasks: Mapping[str, str] | None = None,
-    metrics: Mapping[str, str] | None = None,
+    task: Mapping[str, str] | None = None,
+    metric: Mapping[str, str] | None = None,
 ) -> RetentionResult:
-    """Say how much of every expert is kept, and leave it in the checkpoint for the report and the
-    card; ``epmq-gptq retention``.
+    """How much of every expert a quantized merge has kept; ``epmq-gptq retention``.
+
+    Writes ``epmq_evaluation.json`` into ``folder``, where :func:`report` and the card find it.
 
     Args:
         folder: of the quantized checkpoint.
-        quantized: file that ``evaluate`` wrote of it (``--json``, or ``to_dict()`` as JSON).
-        experts: name → the same of that expert.
-        merged, base, gptq: the same of the other models.
-        tasks, metrics: name → task and metric of that expert, where they are not clear.
+        quantized, merged, base, gptq: files of ``epmq-gptq evaluate --json`` about these models.
+        experts: name → the same about that expert.
+        task, metric: name → what that expert is for, and how it is measured, where it is not clear.
 
     Raises:
-        EPMQInputError: a file cannot be read, or figures do not belong together.
+        EPMQInputError: a file cannot be used, or models were not measured alike.
     """
-    from ..retained import retention_of, write_retention
+    from ..regret.retention import retention_of, write_retention
 
-    folder = path_of(folder)
-    others = {"merged": merged, "base": base, "gptq": gptq}
-    found, left = retention_of(
-        folder,
-        path_of(quantized),
-        {name: path_of(file) for name, file in experts.items()},
-        {stage: path_of(file) for stage, file in others.items() if file is not None},
-        tasks=tasks,
-        metrics=metrics,
+    place = path_of(folder)
+    others = {"base": base, "merged": merged, "gptq": gptq}
+    found, _ = retention_of(
+        place,
+        quantized=path_of(quantized),
+        experts={name: path_of(file) for name, file in experts.items()},
+        others={stage: path_of(file) for stage, file in others.items() if file is not None},
+        tasks=task,
+        metrics=metric,
     )
-    write_retention(folder, found)
-    return RetentionResult(found, tuple(left))
-
-
-# ---- report --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, repr=False)
-class ReportResult(Result):
-    """What a run did to each expert.
-
-    Attributes:
-        document: the figures.
-    """
-
-    document: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.document)
-
-    def print_to(self, console: Console) -> None:
-        from ..regret.table import expert_table
-
-        console.print(expert_table(self.document))
-
-    def page(self) -> str:
-        """The page as HTML."""
-        from ..regret.page import page_of
-
-        return page_of(self.document)
-
-    def __repr__(self) -> str:
-        return f"<ReportResult: {len(self.document['experts'])} experts>"
-
-
-def report(
-    folder: str | Path,
-    *,
-    out: str | Path | None = None,
-    baseline: str | Path | None = None,
-    overwrite: bool = False,
-) -> ReportResult:
-    """Show what a run did to each expert, module by module; ``epmq-gptq report``.
-
-    Args:
-        folder: of the quantized checkpoint.
-        out: file of the page; None for none: ``page()`` of the result gives it.
-        baseline: checkpoint of the same merge under plain GPTQ (``profile: gptq``).
-        overwrite: replace what is at ``out``.
-
-    Raises:
-        EPMQInputError: there is no report, it is of another version, or the place is taken.
-    """
-    from ..errors import EPMQInputError
-    from ..output import write_whole
-    from ..regret import read_report, report_figures
-    from ..retained import read_retention
-
-    folder = path_of(folder)
-    run = read_report(folder)
-    other = None if baseline is None else read_report(path_of(baseline))
-    result = ReportResult(report_figures(run, other, read_retention(folder)))
-    if out is not None:
-        file = path_of(out)
-        if file.exists() and not overwrite:
-            raise EPMQInputError(
-                f"`out`: `{file.name}` exists.",
-                code="EPMQ-F45",
-                subject="`out`",
-                remedy="Choose another name or set `overwrite`.",
-            )
-        write_whole(file, result.page())
-    return result
+    return RetentionResult(found, write_retention(place, found))
 
 
 # ---- check ---------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from .common import Json, Quiet, Verbose, examples, pairs, place, running
 
 @examples(
     (
-        "each expert on the task of its name",
-        "epmq-gptq retention merged-4bit --quantized q.json \\\n"
-        "    --expert math=math.json --expert code=code.json",
+        "of two experts, each on the task of its name",
+        "epmq-gptq retention merged-4bit --quantized 4bit.json \\\n"
+        "    --expert math=math.json --expert code=code.json --merged merged.json",
     ),
     (
-        "tasks of lm-eval, beside the merge in full precision",
-        "epmq-gptq retention merged-4bit --quantized q.json --merged m.json \\\n"
-        "    --expert math=math.json --task math=gsm8k",
+        "with tasks of lm-eval",
+        "epmq-gptq retention merged-4bit --quantized 4bit.json \\\n"
+        "    --expert math=math.json --task math=gsm8k --metric math=exact_match",
     ),
 )
 def retention(
@@ -54,15 +54,16 @@ def retention(
 
     Writes epmq_evaluation.json into DIR, where `report` and the model card find it."""
     with running(json_report, quiet, verbose, interrupted="nothing was written.") as run:
-        from ..retained import retention_of, retention_table, write_retention
+        from ..regret.retention import retention_of, write_retention
+        from ..regret.table import retention_table
 
         folder = place(folder)
-        stages = {"base": base, "merged": merged, "gptq": gptq}
+        others = {"base": base, "merged": merged, "gptq": gptq}
         found, left = retention_of(
             folder,
-            place(quantized),
-            {name: place(Path(file)) for name, file in pairs(expert, "--expert").items()},
-            {stage: place(file) for stage, file in stages.items() if file is not None},
+            quantized=place(quantized),
+            experts={name: place(Path(file)) for name, file in pairs(expert, "--expert").items()},
+            others={stage: place(file) for stage, file in others.items() if file is not None},
             tasks=pairs(task or [], "--task"),
             metrics=pairs(metric or [], "--metric"),
         )

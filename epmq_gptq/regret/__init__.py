@@ -10,14 +10,17 @@ Example::
 
 from .figures import report_figures
 from .page import report_page
+from .retention import Retention, read_retention
 from .run import ExpertFigures, ModuleFigures, RunReport, check_baseline, read_report
 
 __all__ = [
     "ExpertFigures",
     "ModuleFigures",
+    "Retention",
     "RunReport",
     "check_baseline",
     "read_report",
+    "read_retention",
     "report_figures",
     "report_page",
 ]

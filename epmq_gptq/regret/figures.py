@@ -11,9 +11,16 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..retained import STAGES, Retention
 from .layers import kind_of, layer_labels, layer_of, layers_in_order
-from .run import ExpertFigures, ModuleFigures, RunReport, check_baseline, check_retention
+from .retention import STAGES, Retention
+from .run import (
+    AimFigures,
+    ExpertFigures,
+    ModuleFigures,
+    RunReport,
+    check_baseline,
+    check_retention,
+)
 
 SCHEMA = 1
 
@@ -45,9 +52,20 @@ class _Cell(NamedTuple):
     figures: Figures
 
 
-def figures_of(one: ExpertFigures, baseline: ExpertFigures | None = None) -> Figures:
-    """Every figure of :data:`FIGURES` for one expert in one module."""
+def figures_of(
+    one: ExpertFigures, baseline: ExpertFigures | None = None, *, aims: bool = False
+) -> Figures:
+    """Every figure of :data:`FIGURES` for one expert in one module.
+
+    Args:
+        one: as the run told it.
+        baseline: the same of the run with plain GPTQ.
+        aims: whether layers of this run aim at something else than W_i x; one that does not has
+            that as its aim.
+    """
     aim = one.aim
+    if aims and aim is None:
+        aim = AimFigures(one.merged, one.solved, one.rounded)
     gptq = None if baseline is None else baseline.rounded
     return {
         "merged": one.merged,
@@ -68,6 +86,15 @@ def _minus(value: float | None, *others: float | None) -> float | None:
     if value is None or None in others:
         return None
     return value - sum(others)
+
+
+def judging_figure(figures: Iterable[Figures]) -> str:
+    """By which figure a module of this run is bad: after, against what the layers aim at.
+
+    Under the default targets a layer also makes good what earlier layers did to the stream. Then it
+    is far from W_i x on purpose.
+    """
+    return "aim_rounded" if any(one["aim_rounded"] is not None for one in figures) else "rounded"
 
 
 def mean_figures(cells: Iterable[tuple[float, Figures]]) -> Figures:
@@ -108,6 +135,7 @@ def report_figures(
     if retention is not None:
         check_retention(report, retention)
     cells = _cells(report, baseline)
+    judge = judging_figure(cell.figures for found in cells for cell in found.values())
     layers = layers_in_order(module.module for module in report.modules)
     labels = layer_labels(layers)
     by_layer = _groups(report, cells, lambda module: layer_of(module.module))
@@ -117,9 +145,10 @@ def report_figures(
         "schema": SCHEMA,
         "epmq_gptq": __version__,
         "figures": FIGURES,
+        "judged_by": judge,
         "run": run_facts(report),
         "baseline": None if baseline is None else run_facts(baseline),
-        "experts": [_expert(report, cells, name, retention) for name in report.experts],
+        "experts": [_expert(report, cells, name, retention, judge) for name in report.experts],
         "layers": [
             {
                 "label": label,
@@ -135,7 +164,7 @@ def report_figures(
             for kind, group in by_kind.items()
         ],
         "modules": modules,
-        "worst": _worst(modules),
+        "worst": _worst(modules, judge),
         "left": report.left,
         "phases": report.phases,
         "peak_memory": report.peak_memory,
@@ -144,12 +173,13 @@ def report_figures(
 
 def _cells(report: RunReport, baseline: RunReport | None) -> list[dict[str, _Cell]]:
     """For each module: expert → cell."""
+    aims = any(one.aim for module in report.modules for one in module.experts.values())
     others = {} if baseline is None else {one.module: one.experts for one in baseline.modules}
     return [
         {
             name: _Cell(
                 one.energy * (module.tokens.get(name) or one.rows),
-                figures_of(one, others.get(module.module, {}).get(name)),
+                figures_of(one, others.get(module.module, {}).get(name), aims=aims),
             )
             for name, one in module.experts.items()
         }
@@ -243,10 +273,11 @@ def _expert(
     cells: Sequence[dict[str, _Cell]],
     name: str,
     retention: Retention | None,
+    judge: str,
 ) -> dict[str, Any]:
     own = [(number, found[name]) for number, found in enumerate(cells) if name in found]
-    known = [(number, cell) for number, cell in own if cell.figures["rounded"] is not None]
-    worst = max(known, key=lambda one: one[1].figures["rounded"], default=None)
+    known = [(number, cell) for number, cell in own if cell.figures[judge] is not None]
+    worst = max(known, key=lambda one: one[1].figures[judge], default=None)
     about = report.about_expert(name)
     return {
         "name": name,
@@ -257,13 +288,11 @@ def _expert(
         "weight": about.get("weight") if isinstance(about.get("weight"), (int, float)) else None,
         "modules": len(own),
         "figures": mean_figures(cell for _, cell in own),
-        "median": statistics.median(cell.figures["rounded"] for _, cell in known)
-        if known
-        else None,
+        "median": statistics.median(cell.figures[judge] for _, cell in known) if known else None,
         "worst": worst
         and {
             "module": report.modules[worst[0]].module,
-            "rounded": worst[1].figures["rounded"],
+            "figure": worst[1].figures[judge],
         },
         "retention": _retention(retention, name),
     }
@@ -282,15 +311,15 @@ def _retention(retention: Retention | None, name: str) -> dict[str, Any] | None:
     }
 
 
-def _worst(modules: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _worst(modules: Sequence[dict[str, Any]], judge: str) -> list[dict[str, Any]]:
     found = [
         {"module": module["module"], "expert": name}
-        | {key: one[key] for key in ("merged", "rounded", "change", "gptq", "share")}
+        | {key: one[key] for key in (*FIGURES, "share")}
         for module in modules
         for name, one in module["experts"].items()
-        if one["rounded"] is not None
+        if one[judge] is not None
     ]
-    return sorted(found, key=lambda one: -one["rounded"])[:WORST]
+    return sorted(found, key=lambda one: -one[judge])[:WORST]
 
 
 def run_facts(report: RunReport) -> dict[str, Any]:

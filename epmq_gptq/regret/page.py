@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..retained import Retention
 from ..summary import human_size
 from .figures import report_figures
+from .retention import Retention
 from .run import RunReport
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -41,7 +41,7 @@ def report_page(
     Args:
         report: see :func:`~epmq_gptq.regret.read_report`.
         baseline: of a run with plain GPTQ on the same merge.
-        retention: see :func:`~epmq_gptq.retained.read_retention`.
+        retention: see :func:`~epmq_gptq.regret.read_retention`.
 
     Raises:
         EPMQInputError: the baseline is that of another model.
@@ -60,7 +60,7 @@ def page_of(document: dict[str, Any]) -> str:
         lead=_lead(document),
         has=_present(document),
         evaluated=any(one["retention"] for one in document["experts"]),
-        guards=[one for one in document["modules"] if one["target"] != "experts"],
+        guards=[one for one in document["modules"] if one["target"] != "experts" and one["reason"]],
         data=json_for_html(page_data(document)),
         style=_asset("page.css"),
         scripts=scripts,
@@ -126,6 +126,7 @@ def page_data(document: dict[str, Any]) -> dict[str, Any]:
     columns = ("module", "target", "reason", "bits", "alpha", "held_out_gain")
     data = {
         "experts": experts,
+        "judged_by": document["judged_by"],
         "layers": _column(document["layers"], "label"),
         "stacks": _column(document["layers"], "stack"),
         "kinds": list(kinds),
@@ -273,10 +274,11 @@ def _lead(document: dict[str, Any]) -> dict[str, Any] | None:
         values = [one["figures"][key] for one in experts]
         return None if None in values else sum(values) / len(values)
 
-    worst = max(experts, key=lambda one: one["figures"]["rounded"])
+    judge = document["judged_by"]
+    worst = max(experts, key=lambda one: one["figures"][judge] or 0.0)
     keys = ("merged", "rounded", "gptq", "aim_merged", "aim_rounded")
     return {key: mean(key) for key in keys} | {
         "worst": worst["name"],
-        "worst_rounded": worst["figures"]["rounded"],
+        "worst_figure": worst["figures"][judge],
         "count": len(experts),
     }

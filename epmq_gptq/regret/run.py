@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import EPMQInputError
 from ..folders import list_folder, read_json
 from ..json_values import JsonValues
-from ..retained import Retention
+from .retention import Retention
 
 FILE_NAME = "epmq_report.json"
 SCHEMA = 1
@@ -228,7 +228,8 @@ def check_baseline(report: RunReport, baseline: RunReport) -> None:
     """Refuse a baseline whose figures are not those of the same merge and experts.
 
     Raises:
-        EPMQInputError: other modules, other experts, another merged model, or no figures.
+        EPMQInputError: other modules, other experts, another merged model, no plain GPTQ, or no
+            figures.
     """
 
     def refusal(what: str) -> EPMQInputError:
@@ -256,6 +257,10 @@ def check_baseline(report: RunReport, baseline: RunReport) -> None:
     digests = [run.fact("merged", "sha256") for run in (report, baseline)]
     if None not in digests and digests[0] != digests[1]:
         raise refusal(f"was made from another merged model than `{report.name}`")
+    # Its figures are shown as those of plain GPTQ, which they should be.
+    profile = baseline.fact("profile")
+    if profile not in (None, "gptq"):
+        raise refusal(f"was made with `profile: {profile}`")
     if not baseline.is_measured:
         raise refusal("has no figures per expert")
 

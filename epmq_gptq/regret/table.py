@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .page import percent
+from .retention import STAGES, Retention
 
 # Figure → what its column is called; those that are known of nobody have none.
 _COLUMNS = {
@@ -34,10 +35,43 @@ def expert_table(document: dict[str, Any]) -> Table:
     for one in experts:
         worst = one["worst"]
         cells = [percent(one["figures"][key]) for key in keys]
-        cells.append(f"{worst['module']} ({percent(worst['rounded'])})" if worst else "–")
+        cells.append(f"{worst['module']} ({percent(worst['figure'])})" if worst else "–")
         if evaluated:
             kept = one["retention"] and one["retention"]["percent"]["quantized"]
             cells.append("–" if kept is None else percent(kept / 100))
         # As Text: brackets in somebody's names are no markup.
         table.add_row(*map(Text, (one["name"], *cells)))
     return table
+
+
+def retention_table(retention: Retention) -> Table:
+    """One line per expert: its figures, and how much of it is kept."""
+    shown = [
+        stage
+        for stage in STAGES
+        if any(getattr(one, stage) is not None for one in retention.experts.values())
+    ]
+    table = Table()
+    for name in ("expert", "task", "metric"):
+        table.add_column(name, overflow="fold")
+    for stage in (*shown, "retention"):
+        table.add_column(stage, justify="right", no_wrap=True)
+    for name, one in retention.experts.items():
+        metric = one.metric if one.higher_is_better else f"{one.metric} (less is better)"
+        figures = [_figure(getattr(one, stage)) for stage in shown]
+        # As Text: names are somebody's, and brackets in them are no markup.
+        cells = [Text(cell) for cell in (name, one.task, metric)]
+        table.add_row(*cells, *figures, _per_cent(one.percent()))
+    if len(retention.experts) > 1:
+        table.add_section()
+        blank = [""] * (2 + len(shown))
+        table.add_row("average", *blank, _per_cent(retention.average()), style="bold")
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _per_cent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} %"

@@ -9,7 +9,7 @@ import pytest
 import regret_samples as samples
 
 from epmq_gptq.regret import read_report, report_page
-from epmq_gptq.retained import read_retention
+from epmq_gptq.regret.retention import read_retention
 
 CHROMIUM = os.environ.get("EPMQ_CHROMIUM") or shutil.which("chromium")
 DRIVER = os.environ.get("EPMQ_CHROMEDRIVER") or shutil.which("chromedriver")

@@ -85,6 +85,9 @@ def test_charts_show_what_is_in_the_report(page, sample):
     assert page.count("#curve .scatterlayer .trace") == 3
     assert page.count("#curve .scatterlayer .point") == 3 * layers
     assert page.count("#worst .bars .point") == 15
+    assert page.count("#worst .scatterlayer .point") == 15  # before, against the aim
+    page.choose("worst-by", "rounded")
+    assert page.count("#worst .bars .point") == 15
     assert page.count("#worst .scatterlayer .point") == 2 * 15
     assert page.count("#parts .bars .point") == 5 * experts
     assert page.count("#retention .bars .point") == 3 * experts
@@ -131,6 +134,9 @@ def test_controls_of_the_charts(page, sample):
     assert page.find("#map-expert-label").is_displayed()
     page.choose("curve-expert", "all")
     assert page.count("#curve .scatterlayer .trace") == 3
+    page.choose("curve-expert", 0)
+    page.choose("curve-against", "aim")
+    assert page.count("#curve .scatterlayer .trace") == 2
     first = page.run("return document.getElementById('worst').data[0].customdata[0]")
     page.choose("worst-by", "share")
     assert page.run("return document.getElementById('worst').data[0].customdata[0]") != first

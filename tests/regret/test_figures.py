@@ -10,8 +10,8 @@ import regret_samples as samples
 from epmq_gptq.regret import read_report, report_figures
 from epmq_gptq.regret.figures import FIGURES, figures_of, mean_figures
 from epmq_gptq.regret.layers import kind_of
+from epmq_gptq.regret.retention import read_retention
 from epmq_gptq.regret.run import AimFigures, ExpertFigures
-from epmq_gptq.retained import read_retention
 
 
 @pytest.fixture(params=["llama", "t5", "clip", "moe"])
@@ -25,6 +25,9 @@ def made(request, tmp_path):
     }[request.param]
     experts = ["math", "code", "law"]
     content = samples.report(modules, experts)
+    # Nothing came before the first layer, so its inputs are the expert's own.
+    for one in content["report"]["modules"][0]["experts"].values():
+        one["aim"] = None
     plain = samples.report(modules, experts, rounding=2.0, profile="gptq")
     report = read_report(samples.write(tmp_path / "run", content, samples.retention(experts)))
     baseline = read_report(samples.write(tmp_path / "plain", plain))
@@ -47,9 +50,12 @@ def brute(modules, plain, expert, chosen, key):
                 one["rounded"] - other["experts"][expert]["rounded"]
             ),
             "cross": lambda one=one: one["rounded"] - one["merged"] - one["quantization"],
-            "aim_rounded": lambda one=one: one["aim"]["rounded"],
-            "aim_merged": lambda one=one: one["aim"]["merged"],
-            "aim_change": lambda one=one: one["aim"]["rounded"] - one["aim"]["merged"],
+            # Where a layer aims at W_i x itself there is nothing else to tell.
+            "aim_rounded": lambda one=one: (one["aim"] or one)["rounded"],
+            "aim_merged": lambda one=one: (one["aim"] or one)["merged"],
+            "aim_change": lambda one=one: (
+                (one["aim"] or one)["rounded"] - (one["aim"] or one)["merged"]
+            ),
         }.get(key, lambda one=one: one[key])()
         over += value * output
         under += output
@@ -93,19 +99,30 @@ def test_figures_of_one_module_add_up(made):
 
 
 def test_worst_and_median(made):
+    """By what the layers aim at, where that is something else than W_i x."""
     modules, _, document = made
+    assert document["judged_by"] == "aim_rounded"
     pairs = [
-        (one["rounded"], module["module"], name)
+        ((one["aim"] or one)["rounded"], module["module"], name)
         for module in modules
         for name, one in module["experts"].items()
     ]
     pairs.sort(reverse=True)
-    worst = [(one["rounded"], one["module"], one["expert"]) for one in document["worst"]]
+    worst = [(one["aim_rounded"], one["module"], one["expert"]) for one in document["worst"]]
     assert worst == pairs[: len(worst)] and len(worst) == 20
     for one in document["experts"]:
         own = [pair for pair in pairs if pair[2] == one["name"]]
-        assert one["worst"] == {"module": own[0][1], "rounded": own[0][0]}
+        assert one["worst"] == {"module": own[0][1], "figure": own[0][0]}
         assert one["median"] == statistics.median(pair[0] for pair in own)
+
+
+def test_without_other_aims_a_module_is_judged_by_what_is_left(tmp_path):
+    content = samples.report(samples.llama(2), ["math"], aim=False)
+    document = report_figures(read_report(samples.write(tmp_path, content)))
+    assert document["judged_by"] == "rounded"
+    assert document["experts"][0]["figures"]["aim_rounded"] is None
+    most = max(m["experts"]["math"]["rounded"] for m in content["report"]["modules"])
+    assert document["worst"][0]["rounded"] == document["experts"][0]["worst"]["figure"] == most
 
 
 def test_the_document_is_strict_json_and_complete(made):

@@ -13,7 +13,7 @@ import regret_samples as samples
 import epmq_gptq.regret
 from epmq_gptq.regret import read_report, report_page
 from epmq_gptq.regret.page import PLOTLY_VERSION, duration, json_for_html, number, percent, points
-from epmq_gptq.retained import read_retention
+from epmq_gptq.regret.retention import read_retention
 
 ASSETS = Path(epmq_gptq.regret.__file__).parent / "assets"
 

@@ -63,7 +63,7 @@ def test_json_alone_and_beside_the_page(folder, tmp_path):
 
     piped = run(folder, "--json", "-")
     assert json.loads(piped.stdout) == document
-    assert "worst module" not in piped.stdout  # nothing but the JSON
+    assert piped.stderr == ""
 
     result = run(folder, "--json", tmp_path / "b.json", "--out", tmp_path / "b.html")
     assert result.exit_code == 0, result.output
@@ -95,13 +95,14 @@ def test_taken_and_wrong_places(folder, tmp_path):
 
     refused(run(folder, "--out", tmp_path / "page.txt"), "ends in .html")
     refused(run(folder, "--out", tmp_path / "no" / "page.html"), "in a folder that exists")
-    refused(run(folder, "--json", tmp_path / "page.html"), "not be a file of a page")
     before = (folder / "epmq_report.json").read_text()
     refused(run(folder, "--json", folder / "epmq_report.json", "--overwrite"), "are read from")
     assert (folder / "epmq_report.json").read_text() == before
-    (tmp_path / "taken.json").write_text("mine")
-    refused(run(folder, "--json", tmp_path / "taken.json"), "`taken.json` exists")
-    assert (tmp_path / "taken.json").read_text() == "mine"
+    refused(run(folder, "--json", folder / "epmq_report.json"), "are read from")
+    link = tmp_path / "link.html"
+    link.symlink_to(folder / "epmq_report.json")
+    refused(run(folder, "--out", link, "--overwrite"), "are read from")
+    assert (folder / "epmq_report.json").read_text() == before
     refused(run(folder, "--json", tmp_path / "x.json", "--open"), "--open", "--out")
 
 
@@ -165,3 +166,20 @@ def test_names_are_no_markup(tmp_path):
     result = run(samples.write(tmp_path / "run", content))
     assert result.exit_code == 0
     assert "[bold]math" in result.stdout and "[red]q" in result.stdout
+
+
+# ---- from Python ---------------------------------------------------------------------------------
+
+
+def test_the_functions_of_the_same_names(folder, plain, tmp_path):
+    import epmq_gptq
+
+    result = epmq_gptq.report(folder, baseline=plain, out="page.html")
+    assert repr(result) == "<ReportResult run: 2 experts>"
+    assert result.out.resolve() == tmp_path / "page.html" and result.out.read_text() == result.page
+    assert "down_proj" in str(result) and "<pre" in result._repr_html_()
+    piped = run(folder, "--baseline", plain, "--json", "-")
+    assert json.loads(piped.stdout) == json.loads(json.dumps(result.to_dict()))
+    with pytest.raises(epmq_gptq.EPMQInputError, match="exists"):
+        epmq_gptq.report(folder, out="page.html")
+    assert epmq_gptq.report(folder).out is None

@@ -8,7 +8,7 @@ import regret_samples as samples
 
 from epmq_gptq import EPMQInputError
 from epmq_gptq.regret import check_baseline, read_report
-from epmq_gptq.retained import ExpertRetention, Retention
+from epmq_gptq.regret.retention import ExpertRetention, Retention
 
 
 @pytest.fixture
@@ -137,7 +137,8 @@ def test_folders_without_a_report(tmp_path):
 
 def test_a_baseline_is_of_the_same_merge(tmp_path, content):
     report = read_report(samples.write(tmp_path / "run", content))
-    check_baseline(report, report)
+    content["report"]["provenance"]["profile"] = "gptq"
+    check_baseline(report, read_report(samples.write(tmp_path / "plain", content)))
 
     def other(change):
         changed = copy.deepcopy(content)
@@ -162,6 +163,7 @@ def test_a_baseline_is_of_the_same_merge(tmp_path, content):
     assert "no figures per expert" in other(
         lambda plain: [module.update(experts={}) for module in plain["modules"]]
     )
+    assert "`profile: paper`" in other(lambda plain: plain["provenance"].update(profile="paper"))
     # Without digests the names have to do.
     content["report"]["provenance"] = {}
     check_baseline(report, read_report(samples.write(tmp_path / "plain", content)))

@@ -272,14 +272,16 @@
   function drawCurve() {
     const chosen = by("curve-expert").value, all = chosen === "all";
     const numbers = all ? data.experts.map((_, e) => e) : [Number(chosen)];
-    const keys = ["merged", "gptq", "rounded"].filter((key) => known.includes(key));
+    const aims = by("curve-against") && by("curve-against").value === "aim";
+    const last = aims ? "aim_rounded" : "rounded";
+    const keys = aims ? ["aim_merged", "aim_rounded"] : ["merged", "gptq", "rounded"].filter((key) => known.includes(key));
     const traces = [], seen = [];
     for (const e of numbers) {
-      for (const key of all ? ["rounded"] : keys) {
+      for (const key of all ? [last] : keys) {
         const values = data.layers.map((_, layer) => data.by_layer[key][layer * experts + e]);
         seen.push(...values);
-        const tint = all ? LINES[e % LINES.length] : colour({ merged: "before", gptq: "gptq", rounded: "after" }[key]);
-        const dash = all ? DASHES[Math.floor(e / LINES.length) % DASHES.length] : { merged: "dot", gptq: "dash", rounded: "solid" }[key];
+        const tint = all ? LINES[e % LINES.length] : colour({ merged: "before", aim_merged: "before", gptq: "gptq" }[key] || "after");
+        const dash = all ? DASHES[Math.floor(e / LINES.length) % DASHES.length] : { merged: "dot", aim_merged: "dot", gptq: "dash" }[key] || "solid";
         traces.push({
           type: "scatter", mode: data.layers.length > 60 ? "lines" : "lines+markers", ...line(values),
           name: safe(cut(all ? data.experts[e] : NAMES[key], narrow.matches ? 16 : 28)),
@@ -343,20 +345,21 @@
     const top = order.slice(0, 15);
     const rows = top.map((cell) => label(Math.floor(cell / experts), cell % experts));
     const text = (cell) => `${safe(cut(data.modules.module[Math.floor(cell / experts)], 90))}<br>${safe(cut(data.experts[cell % experts], 60))}<br>` +
-      ["merged", "gptq", "rounded", "change"].filter((one) => known.includes(one)).map((one) => `${NAMES[one]}: ${shown(one, cells[one][cell])}`).join("<br>") +
+      ["merged", "gptq", "rounded", "change", "aim_merged", "aim_rounded"].filter((one) => known.includes(one)).map((one) => `${NAMES[one]}: ${shown(one, cells[one][cell])}`).join("<br>") +
       `<br>share of the expert's deviation: ${percent(cells.share[cell])}`;
     const hover = top.map(text);
-    const main = key === "share" ? "share" : "rounded";
-    const markers = key === "share" ? [] : ["merged", "gptq"].filter((one) => known.includes(one)).map((one) => ({
+    const main = key === "change" ? "rounded" : key;
+    const marked = key === "share" ? [] : key === "aim_rounded" ? ["aim_merged"] : ["merged", "gptq"];
+    const markers = marked.filter((one) => known.includes(one)).map((one) => ({
       type: "scatter", mode: "markers", name: NAMES[one], x: top.map((cell) => percentOf(cells[one][cell])), y: top.map((_, place) => place),
-      marker: { color: colour(one === "merged" ? "before" : "gptq"), size: 9, symbol: one === "merged" ? "diamond" : "x",
+      marker: { color: colour(one === "gptq" ? "gptq" : "before"), size: 9, symbol: one === "gptq" ? "x" : "diamond",
         line: { color: colour("card"), width: 1 } },
       customdata: hover, hovertemplate: "%{customdata}<extra></extra>",
     }));
-    drawBars("worst", rows, [{ name: key === "share" ? "share" : NAMES.rounded, colour: "after", hover,
+    drawBars("worst", rows, [{ name: NAMES[main] || main, colour: "after", hover,
       values: top.map((cell) => percentOf(cells[main][cell])), texts: markers.length ? undefined : top.map((cell) => percent(cells[main][cell])) }],
     { traces: markers, room: markers.length ? 24 : 64,
-      title: key === "share" ? "% of the expert's whole deviation" : "% of the expert's output energy" });
+      title: key === "share" ? "% of the expert's whole deviation" : key === "aim_rounded" ? "% of the energy of the aim" : "% of the expert's output energy" });
   }
   const percentOf = (value) => (value == null ? null : 100 * value);
   // A module in few characters: layer and the last part of its kind.
@@ -547,11 +550,12 @@
     options("map-expert", data.experts.map((name, e) => [e, name]));
     options("curve-expert", [...(experts > 1 ? [["all", "all, after"]] : []), ...data.experts.map((name, e) => [e, name])]);
     // Of many experts the one that lost most is shown first.
-    const after = data.by_expert.rounded || [];
+    const after = data.by_expert[data.judged_by] || [];
     const worst = after.reduce((best, value, e) => (value != null && (best < 0 || value > after[best]) ? e : best), -1);
     if (worst >= 0) by("curve-expert").value = by("map-expert").value = String(worst);
     for (const id of ["map-figure", "map-view", "map-expert"]) by(id).addEventListener("change", drawMap);
     by("curve-expert").addEventListener("change", drawCurve);
+    if (by("curve-against")) by("curve-against").addEventListener("change", drawCurve);
     by("worst-by").addEventListener("change", drawWorst);
   }
 

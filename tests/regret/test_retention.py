@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQInputError, cli
-from epmq_gptq.retained import (
+from epmq_gptq.regret.retention import (
     ExpertRetention,
     Retention,
     read_retention,
@@ -310,3 +310,21 @@ def test_names_are_shown_as_they_are(folder, files):
     result = run(folder, "--expert", f"[bold]x={folder.parent / 'x.json'}", experts=[])
     assert result.exit_code == 0, result.output
     assert "[bold]x" in result.stdout
+
+
+def test_from_python(folder, files):
+    import epmq_gptq
+
+    here = folder.parent
+    result = epmq_gptq.retention(
+        folder,
+        quantized=here / "quantized.json",
+        experts={name: here / f"{name}.json" for name in ("math", "code")},
+        merged=here / "merged.json",
+        metric={"math": "loss"},
+    )
+    assert repr(result) == "<RetentionResult: 2 experts>"
+    assert result.retention.percent("math") == 62.5 and result.out.parent == folder
+    assert json.loads(result.out.read_text()) == result.to_dict()
+    assert "62.5 %" in str(result)
+    assert read_retention(folder) == result.retention

@@ -6,18 +6,15 @@ The figures come from ``epmq-gptq evaluate --json``; an expert is judged on its 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .errors import EPMQInputError
-from .folders import list_folder, read_json
-from .json_values import JsonValues
-from .output import write_whole
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ..errors import EPMQInputError
+from ..folders import list_folder, read_json
+from ..json_values import JsonValues
+from ..output import write_whole
 
 FILE_NAME = "epmq_evaluation.json"
 SCHEMA = 1
@@ -142,6 +139,70 @@ def write_retention(folder: str | Path, retention: Retention) -> Path:
 
 
 # ---- combining evaluations ----------------------------------------------------------------------
+
+
+def retention_of(
+    folder: Path,
+    *,
+    quantized: Path,
+    experts: Mapping[str, Path],
+    others: Mapping[str, Path] | None = None,
+    tasks: Mapping[str, str] | None = None,
+    metrics: Mapping[str, str] | None = None,
+) -> tuple[Retention, list[str]]:
+    """Put files of ``epmq-gptq evaluate --json`` side by side; nothing is written.
+
+    Args:
+        folder: the quantized checkpoint.
+        quantized: file about it.
+        experts: name → file about that expert.
+        others: ``"base"``, ``"merged"``, ``"gptq"`` → file about that model.
+        tasks, metrics: see :func:`combine`.
+
+    Returns:
+        What is kept, and the names of the checkpoint's experts without a file.
+
+    Raises:
+        EPMQInputError: a file or the folder is not what it should be, the folder has no such
+            expert, or see :func:`combine`.
+    """
+    known = _experts_of(folder)
+    for name in experts:
+        if name not in known:
+            raise EPMQInputError(
+                f"`--expert`: `{folder.name}` has no expert `{name}`; it has {', '.join(known)}.",
+                code="EPMQ-F54",
+                subject="`--expert`",
+                remedy="Name the experts as in the run.",
+            )
+    found = combine(
+        {name: EvaluationFile(file, f"--expert {name}") for name, file in experts.items()},
+        EvaluationFile(quantized, "--quantized", quantized=True),
+        {
+            stage: EvaluationFile(file, f"--{stage}", quantized=stage == "gptq")
+            for stage, file in (others or {}).items()
+        },
+        tasks=tasks,
+        metrics=metrics,
+    )
+    return found, [name for name in known if name not in experts]
+
+
+def _experts_of(folder: Path) -> list[str]:
+    """The experts that a checkpoint of ours was made from."""
+    record = read_json(folder, "quantize_config.json", f"`{folder.name}`")
+    meta = record.get("meta")
+    meta = meta.get("epmq") if isinstance(meta, dict) else None
+    experts = meta.get("experts") if isinstance(meta, dict) else None
+    if not isinstance(experts, list):
+        raise EPMQInputError(
+            f"`{folder.name}` does not say which experts it was made from, so it is not a "
+            "checkpoint of epmq_gptq.",
+            code="EPMQ-F53",
+            subject="`DIR`",
+            remedy="Give the folder that `epmq-gptq quantize` wrote.",
+        )
+    return [str(one["name"]) for one in experts if isinstance(one, dict) and "name" in one]
 
 
 @dataclass(frozen=True)
@@ -323,113 +384,3 @@ def _mixed(option: str, what: str) -> EPMQInputError:
         subject=f"`{option}`",
         remedy="Evaluate every model in the same way, and name experts as in the run.",
     )
-
-
-def retention_of(
-    folder: Path,
-    quantized: Path,
-    experts: Mapping[str, Path],
-    others: Mapping[str, Path],
-    *,
-    tasks: Mapping[str, str] | None = None,
-    metrics: Mapping[str, str] | None = None,
-) -> tuple[Retention, list[str]]:
-    """What a checkpoint has kept of its experts, from files of ``epmq-gptq evaluate``.
-
-    Args:
-        folder: of the checkpoint.
-        quantized: file about it.
-        experts: name → file about that expert.
-        others: ``"base"``, ``"merged"``, ``"gptq"`` → file about that model.
-        tasks, metrics: see :func:`combine`.
-
-    Returns:
-        The figures, and the experts of the checkpoint that are not among them.
-
-    Raises:
-        EPMQInputError: as of :func:`combine`; or an expert is none of the checkpoint's.
-    """
-    known = _experts_of(folder)
-    _check_names(folder, known, experts)
-    found = combine(
-        {name: EvaluationFile(file, f"--expert {name}") for name, file in experts.items()},
-        EvaluationFile(quantized, "--quantized", quantized=True),
-        {
-            stage: EvaluationFile(file, f"--{stage}", quantized=stage == "gptq")
-            for stage, file in others.items()
-        },
-        tasks=tasks,
-        metrics=metrics,
-    )
-    return found, [name for name in known if name not in experts]
-
-
-def _experts_of(folder: Path) -> list[str]:
-    """The experts that a checkpoint of ours was made from.
-
-    Raises:
-        EPMQInputError: it is none.
-    """
-    record = read_json(folder, "quantize_config.json", f"`{folder.name}`")
-    meta = record.get("meta")
-    meta = meta.get("epmq") if isinstance(meta, dict) else None
-    experts = meta.get("experts") if isinstance(meta, dict) else None
-    if not isinstance(experts, list):
-        raise EPMQInputError(
-            f"`{folder.name}` does not say which experts it was made from, so it is not a "
-            "checkpoint of epmq_gptq.",
-            code="EPMQ-F53",
-            subject="`DIR`",
-            remedy="Give the folder that `epmq-gptq quantize` wrote.",
-        )
-    return [str(one["name"]) for one in experts if isinstance(one, dict) and "name" in one]
-
-
-def _check_names(folder: Path, known: list[str], given: Iterable[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise EPMQInputError(
-                f"`--expert`: `{folder.name}` has no expert `{name}`; it has {', '.join(known)}.",
-                code="EPMQ-F54",
-                subject="`--expert`",
-                remedy="Name the experts as in the run.",
-            )
-
-
-# ---- for a terminal -----------------------------------------------------------------------------
-
-
-def retention_table(retention: Retention) -> Table:
-    """One line per expert: its figures, and how much of it is kept."""
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = [
-        stage
-        for stage in STAGES
-        if any(getattr(one, stage) is not None for one in retention.experts.values())
-    ]
-    table = Table()
-    for name in ("expert", "task", "metric"):
-        table.add_column(name, overflow="fold")
-    for stage in (*shown, "retention"):
-        table.add_column(stage, justify="right", no_wrap=True)
-    for name, one in retention.experts.items():
-        metric = one.metric if one.higher_is_better else f"{one.metric} (less is better)"
-        figures = [_shown(getattr(one, stage)) for stage in shown]
-        # As Text: names are somebody's, and brackets in them are no markup.
-        cells = [Text(cell) for cell in (name, one.task, metric)]
-        table.add_row(*cells, *figures, _percent(one.percent()))
-    if len(retention.experts) > 1:
-        table.add_section()
-        blank = [""] * (2 + len(shown))
-        table.add_row("average", *blank, _percent(retention.average()), style="bold")
-    return table
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} %"
