@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -166,7 +166,7 @@ def gathered(
     export: Export,
     layers: Iterable[Layer],
     config: Mapping[str, Any],
-    settings_of,
+    settings_of: Callable[[str], Settings | None],
     stored: Stored | None = None,
 ) -> Facts:
     """Facts, with what is fused compared.
@@ -179,25 +179,21 @@ def gathered(
 
     layers = tuple(layers)
     routed = normalised(config)["experts"]
+    inputs = {layer.name: layer.inputs for layer in layers}
     uneven, unseen = [], []
-    names = [layer.name for layer in layers]
-    for whole, parts in fused(names, routed if isinstance(routed, int) else 0).items():
+    for whole, parts in fused(inputs, routed if isinstance(routed, int) else 0).items():
         given = {settings_of(part) for part in parts}
         if len(given) > 1:
             uneven.append(whole)
-        elif not _same(export.of(whole), next(iter(given)), layers, parts):
+            continue
+        width = next(inputs[part] for part in parts if part in inputs)
+        if _plain(export.of(whole), width) != _plain(next(iter(given)), width):
             unseen.append(whole)
     return Facts(export, layers, tuple(uneven), tuple(unseen), config, stored)
 
 
-def _same(
-    one: Settings | None, other: Settings | None, layers: tuple[Layer, ...], parts: list[str]
-) -> bool:
-    """Whether two settings are one thing to the layers that bear them."""
-    if one is None or other is None:
-        return one is other
-    inputs = next(layer.inputs for layer in layers if layer.name in parts)
-    return plain(one, inputs) == plain(other, inputs)
+def _plain(settings: Settings | None, inputs: int) -> Settings | None:
+    return None if settings is None else plain(settings, inputs)
 
 
 def plain(settings: Settings, inputs: int) -> Settings:
