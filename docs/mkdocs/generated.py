@@ -32,9 +32,14 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table of Markdown; cells are Markdown already."""
     heads = list(heads)
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in line)} |"
-        for line in lines
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """In one line; a bar in code is no border of the table, and would keep its backslash there."""
+    parts = re.split(r"(`[^`]+`)", text.replace("\n", " "))
+    return "".join(
+        part if index % 2 else part.replace("|", r"\|") for index, part in enumerate(parts)
     )
 
 
