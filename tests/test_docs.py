@@ -1,5 +1,7 @@
 """The site builds without a warning, holds all that the code has, and shows what commands print."""
 
+import ast
+import dataclasses
 import html
 import importlib
 import inspect
@@ -105,8 +107,9 @@ def test_every_key_of_a_recipe_and_every_option(site):
     defaults = generated._defaults(generated._class("config.py", "EPMQConfig"))
     fields = EPMQConfig.__dataclass_fields__
     for name in own:
-        if "()" not in defaults[name]:
-            assert eval(defaults[name]) == fields[name].default, name
+        factory = fields[name].default_factory
+        default = fields[name].default if factory is dataclasses.MISSING else factory()
+        assert ast.literal_eval(defaults[name]) == default, name
 
 
 def test_every_command_with_every_option(site):

@@ -114,7 +114,8 @@ def _defaults(node: ast.ClassDef) -> dict[str, str]:
         if "default" in given:
             found[line.target.id] = ast.unparse(given["default"])
         else:
-            found[line.target.id] = f"{ast.unparse(given['default_factory'])}()"
+            factory = ast.unparse(given["default_factory"])
+            found[line.target.id] = {"dict": "{}", "list": "[]"}[factory]
     return found
 
 
@@ -183,6 +184,22 @@ def merge_methods() -> str:
     return table(["method", "what it does", "paper", "needs", "parameters"], rows)
 
 
+# ---- Python --------------------------------------------------------------------------------------
+
+
+def api_functions() -> str:
+    """The functions of epmq_gptq.api and then what they return, for mkdocstrings."""
+    return _members(callables=True) + "\n\n### What they return\n\n" + _members(callables=False)
+
+
+def _members(*, callables: bool) -> str:
+    from epmq_gptq import api
+
+    names = [name for name in api.__all__ if inspect.isfunction(getattr(api, name)) == callables]
+    options = "    options: {heading_level: 4, filters: ['!^_', '!^print_to$']}"
+    return "\n\n".join(f"::: epmq_gptq.api.{name}\n{options}" for name in names)
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
@@ -215,6 +232,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "exit-codes": exit_codes,
     "merge-methods": merge_methods,
+    "api-functions": api_functions,
     "error-codes": error_codes,
     "code-list": code_list,
 }
