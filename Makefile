@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two OpenMP threads make GPTQ's column loop up to 10x slower on a busy machine.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test lint format test-serving test-browser bench-speed bench-quality bench-ablation clean
+.PHONY: help venv demo test lint format docs test-serving test-browser bench-speed bench-quality bench-ablation clean
 
 help:
 	@echo "make demo          train, merge and quantize small experts; print one table"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-serving  serve an E-PMQ checkpoint with real vLLM on the CPU"
 	@echo "make test-browser  the regret report in a headless Chromium"
 	@echo "make lint          ruff"
+	@echo "make docs          the pages of docs/ as a site in out/docs; every link is checked"
 	@echo "make bench-speed   time and memory against stock GPTQModel (40 minutes)"
 	@echo "make bench-ablation which part of E-PMQ pays: suites, mergers, bits, seeds (an hour)"
 	@echo "make bench-quality the quality tables of the three suites (CSV, Markdown, README)"
@@ -40,6 +41,11 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Not --quiet: mkdocs then does not count the warnings that --strict is for.
+docs: venv
+	$(BIN)/python docs/mkdocs/links.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs/mkdocs.yml
 
 test-serving: venv
 	tests/serving/setup_env.sh

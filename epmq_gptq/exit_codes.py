@@ -38,7 +38,7 @@ class ExitCode(IntEnum):
 
 _MEANINGS = {
     ExitCode.OK: "done; of `inspect`: nothing stands in the way of a run",
-    ExitCode.FAILED: "anything else went wrong: a missing package, another GPTQModel, a bug",
+    ExitCode.FAILED: "anything else: another GPTQModel, a save that does not read back, a bug",
     ExitCode.INPUT: "an option, a file or a model cannot be used as asked; nothing was computed",
     ExitCode.NUMERICAL: "numbers that cannot be trusted; no checkpoint was written",
     ExitCode.INTERRUPTED: "interrupted (Ctrl-C); no checkpoint was written",

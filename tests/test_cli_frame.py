@@ -92,12 +92,9 @@ def test_examples_are_command_lines_that_are_understood(line, monkeypatch):
 
 
 def test_exit_codes_are_in_the_help_and_are_those_of_errors():
-    help = run("--help", env={"COLUMNS": "100"}).stdout
+    help = run("--help", env={"COLUMNS": "120"}).stdout
     for code in ExitCode:
-        assert f"{code.value:>3}  {code.meaning}" in " ".join(help.split("\n")) or (
-            code.meaning.split()[0] in help
-        )
-        assert f" {code.value}  " in help
+        assert f"{code.value:>3}  {code.meaning}" in help
     errors = {
         EPMQInputError("no.", **PARTS): 2,
         EPMQNumericalError("no.", **PARTS): 3,
@@ -247,7 +244,7 @@ def test_quiet_says_nothing_but_what_was_asked_for(recipe, tmp_path):
     "variables",
     [{"NO_COLOR": "1", "FORCE_COLOR": "1"}, {"NO_COLOR": "1", "TERM": "xterm-256color"}],
 )
-@pytest.mark.parametrize("arguments", [["methods"], ["explain", "F30"], ["inspect"], ["--help"]])
+@pytest.mark.parametrize("arguments", [["explain"], ["inspect"], ["--help"]])
 def test_no_color_is_respected(arguments, variables):
     done = fresh(*arguments, **variables)
     colours = [part for part in (done.stdout + done.stderr).split("\x1b[")[1:] if is_colour(part)]

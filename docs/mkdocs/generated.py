@@ -32,9 +32,14 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table of Markdown; cells are Markdown already."""
     heads = list(heads)
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in line)} |"
-        for line in lines
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """In one line; a bar in code is no border of the table, and would keep its backslash there."""
+    parts = re.split(r"(`[^`]+`)", text.replace("\n", " "))
+    return "".join(
+        part if index % 2 else part.replace("|", r"\|") for index, part in enumerate(parts)
     )
 
 
@@ -109,7 +114,8 @@ def _defaults(node: ast.ClassDef) -> dict[str, str]:
         if "default" in given:
             found[line.target.id] = ast.unparse(given["default"])
         else:
-            found[line.target.id] = f"{ast.unparse(given['default_factory'])}()"
+            factory = ast.unparse(given["default_factory"])
+            found[line.target.id] = {"dict": "{}", "list": "[]"}[factory]
     return found
 
 
@@ -178,6 +184,22 @@ def merge_methods() -> str:
     return table(["method", "what it does", "paper", "needs", "parameters"], rows)
 
 
+# ---- Python --------------------------------------------------------------------------------------
+
+
+def api_functions() -> str:
+    """The functions of epmq_gptq.api and then what they return, for mkdocstrings."""
+    return _members(callables=True) + "\n\n### What they return\n\n" + _members(callables=False)
+
+
+def _members(*, callables: bool) -> str:
+    from epmq_gptq import api
+
+    names = [name for name in api.__all__ if inspect.isfunction(getattr(api, name)) == callables]
+    options = "    options: {heading_level: 4, filters: ['!^_', '!^print_to$']}"
+    return "\n\n".join(f"::: epmq_gptq.api.{name}\n{options}" for name in names)
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
@@ -210,6 +232,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "exit-codes": exit_codes,
     "merge-methods": merge_methods,
+    "api-functions": api_functions,
     "error-codes": error_codes,
     "code-list": code_list,
 }
