@@ -338,9 +338,9 @@ def test_a_text_model_is_loaded_by_every_engine(tmp_path):
 def test_an_engine_that_cannot_is_named_with_the_reason(tmp_path):
     told = section(model_card(checkpoint(tmp_path / "out", bits=3)), "How to load it")
     assert "vllm serve" not in told and "GPTQModel.load(" in told
-    assert "- vLLM 0.32: model.layers.0.mlp.up_proj has 3 bits; it takes 4, 8." in told
+    assert "- vLLM 0.32.0: model.layers.0.mlp.up_proj has 3 bits; it takes 4, 8." in told
     told = section(model_card(checkpoint(tmp_path / "uneven", sym=False)), "How to load it")
-    assert "vllm serve" not in told and "- vLLM 0.32:" in told and "sglang.launch" in told
+    assert "vllm serve" not in told and "- vLLM 0.32.0:" in told and "sglang.launch" in told
 
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "CLIPVisionModel"])
@@ -363,7 +363,7 @@ def test_t5_is_loaded_with_its_line(tmp_path):
     told = section(text, "How to load it")
     assert "T5PreTrainedModel._init_weights = lambda self, module: None" in told
     assert "AutoModelForSeq2SeqLM" in told and "import epmq_gptq" in told
-    assert "- vLLM 0.32: it has no T5." in told and "- transformers" not in told
+    assert "- vLLM 0.32.0: it has no T5." in told and "- transformers" not in told
     assert "pipeline_tag" not in data_of(text)
 
 
