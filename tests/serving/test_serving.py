@@ -97,7 +97,7 @@ def test_the_families_are_what_they_stand_for(build_dir: Path) -> None:
 def test_a_lost_bias_would_be_noticed(
     serving_python: Path, build_dir: Path, reference: Callable[[str], Reference], tmp_path: Path
 ) -> None:
-    """The control: the same checkpoint with one bias of 12 lost says something else."""
+    """The control: the same checkpoint with one of its six biases lost says something else."""
     damaged = tmp_path / "damaged"
     shutil.copytree(build_dir / "qwen2" / "quantized", damaged)
     state = load_file(damaged / "model.safetensors")
