@@ -214,6 +214,8 @@ class LayerWatch:
     def __init__(self, samples: Sequence[RowSample], member: str, W_m: torch.Tensor):
         self._rows: dict[str, list[_Sampled]] = {}
         self._step = samples[0]._steps[member] if samples else 1
+        # Outputs for each that is looked at.
+        self._share = len(W_m) / len(W_m[:: self._step])
         for sample in samples:
             for expert, found in sample.take(member, W_m).items():
                 self._rows.setdefault(expert, []).extend(found)
@@ -236,7 +238,7 @@ class LayerWatch:
                     }
             found[expert] = ExpertError(
                 rows=count,
-                energy=energy / count,
+                energy=self._share * energy / count,
                 merged=_energy(one.own.expand_as(one.given) for one in rows) / energy,
                 solved=solved[expert][0] / energy,
                 aim=aim,
@@ -252,7 +254,7 @@ class LayerWatch:
             own, aim, change = rounded[expert]
             if not math.isfinite(own):  # JSON has no word for it
                 continue
-            energy = error.energy * error.rows
+            energy = error.energy * error.rows / self._share
             error.rounded, error.quantization = own / energy, change / energy
             if error.aim is not None:
                 whole = _energy(one.given + one.aim for one in self._rows[expert])

@@ -21,7 +21,7 @@ class ExpertError:
 
     Attributes:
         rows: that the figures are from; see ``EPMQConfig.regret_rows``.
-        energy: mean of ‖W_i x‖² over them, and over the outputs that are looked at.
+        energy: mean of ‖W_i x‖² over them, by the outputs that are looked at.
         merged: of the merged weight: the merging deviation.
         solved: of the target, not rounded.
         rounded: of the rounded weight; None where rounding failed.

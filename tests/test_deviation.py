@@ -170,20 +170,30 @@ def test_no_rows_no_figures(case, tmp_path):
     assert all(module.experts == {} for module in report.modules)
 
 
+def _sampled(W_m, W_i, X):
+    sample = RowSample({"m": len(W_m)}, outputs=30)  # every 4th of 100
+    statistics = GroupStatistics(
+        X.shape[1], {"m": len(W_m)}, lambda m, e: WeightDelta(W_i - W_m, None), sample=sample
+    )
+    statistics.add("a", X, kept=torch.arange(len(X)))
+    statistics.fold()
+    return sample
+
+
 def test_some_outputs_stand_for_all():
     generator = torch.Generator().manual_seed(0)
     W_m, W_i = (torch.randn(100, 16, generator=generator) for _ in range(2))
     X = torch.randn(50, 16, generator=generator)
-    sample = RowSample({"m": 100}, outputs=30)  # every 4th
-    statistics = GroupStatistics(
-        16, {"m": 100}, lambda m, e: WeightDelta(W_i - W_m, None), sample=sample
-    )
-    statistics.add("a", X, kept=torch.arange(50))
-    statistics.fold()
-    error = LayerWatch([sample], "m", W_m).start(W_m)["a"]
+    error = LayerWatch([_sampled(W_m, W_i, X)], "m", W_m).start(W_m)["a"]
     some = X @ W_i[::4].T
     assert error.merged == pytest.approx(share(X @ W_m[::4].T, some, some), rel=1e-4)
-    assert error.energy == pytest.approx(float(some.square().sum()) / 50, rel=1e-4)
+    assert error.energy == pytest.approx(float(some.square().sum()) / 50 * 100 / 25, rel=1e-4)
+    change = torch.randn(100, 16, generator=generator)
+    watch = LayerWatch([_sampled(W_m, W_i, X)], "m", W_m)
+    errors = watch.start(W_m)
+    watch.finish(W_m + change, None, errors)
+    expected = share(X @ (W_m + change)[::4].T, some, some)
+    assert errors["a"].rounded == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("batches", "wanted"), [(7, 100), (1, 5), (300, 64), (64, 64)])
