@@ -9,6 +9,7 @@ from typing import Any
 
 # What a saved checkpoint keeps it in, and the version of that file.
 REPORT_NAME = "epmq_report.json"
+PAGE_NAME = "epmq_report.html"  # the same for people
 REPORT_SCHEMA = 1
 
 

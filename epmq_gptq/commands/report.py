@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import EPMQInputError
+from ..run_report import PAGE_NAME
 from .common import Json, Quiet, Verbose, examples, place, running
-
-PAGE_NAME = "epmq_report.html"
 
 
 @examples(

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,11 @@ from transformers import AutoModelForCausalLM
 from .. import EPMQConfig
 from ..errors import EPMQInputError
 from ..merging import check_merge, merge, merge_methods
-from ..output import check_output
+from ..model_card import write_card
+from ..output import check_output, write_whole
+from ..regret import read_report, report_page
+from ..regret.retention import ExpertRetention, Retention, read_retention, write_retention
+from ..run_report import PAGE_NAME
 from .cache import Models, cache_folder, trained_models
 from .domains import ANSWER_TOKENS, DOMAINS, PROMPTS
 from .evaluation import Score, score
@@ -181,6 +185,8 @@ class Demo:
     def report(self) -> None:
         result, console = self.result, self.console
         result.checkpoint = self.out
+        with self.stage("report"):
+            page = self.publish()
         file = self.out.parent / RESULT_NAME
         file.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
         console.print(result_table(result))
@@ -189,7 +195,32 @@ class Demo:
         )
         for name, text in result.served.texts.items():
             console.print(f"  [bold]{name}[/bold]: {PROMPTS[name]!r} → {text!r}", markup=True)
-        console.print(f"Checkpoint: {self.out}\nNumbers: {file}", soft_wrap=True)
+        console.print(f"Checkpoint: {self.out}\nReport: {page}\nNumbers: {file}", soft_wrap=True)
+
+    def publish(self) -> Path:
+        """Leave in the checkpoint what is kept of each expert, the card with it, and the page."""
+        write_retention(self.out, kept(self.result.scores))
+        write_card(self.out)
+        page = self.out / PAGE_NAME
+        write_whole(page, report_page(read_report(self.out), retention=read_retention(self.out)))
+        return page
+
+
+def kept(scores: Mapping[str, Mapping[str, Score]]) -> Retention:
+    """Each expert on its own domain, beside the models that are to replace it."""
+    stages = {"base": "base", "expert": "experts", "merged": "merged", "gptq": "GPTQ"}
+    stages["quantized"] = "E-PMQ"
+    return Retention(
+        {
+            name: ExpertRetention(
+                task=name,
+                metric="accuracy",
+                higher_is_better=True,
+                **{stage: scores[row][name].accuracy for stage, row in stages.items()},
+            )
+            for name in scores["experts"]
+        }
+    )
 
 
 @contextmanager

@@ -39,6 +39,15 @@ def test_quick_demo(tmp_path, monkeypatch):
     # The host's log folder went to the scratch folder, not here.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
 
+    # What became of each expert: a page, and how much is kept.
+    page = (options.out / "epmq_report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in result.scores["base"]) and str(tmp_path) not in page
+    assert "epmq_report.html" in text
+    evaluated = json.loads((options.out / "epmq_evaluation.json").read_text())["experts"]
+    for name, figures in evaluated.items():
+        assert figures["quantized"] == result.scores["E-PMQ"][name].accuracy
+        assert figures["expert"] == result.scores["experts"][name].accuracy
+
     # Its checkpoint describes itself, and is published.
     card = ModelCard.load(options.out / "README.md")
     assert all(f"| {name} |" in card.text for name in result.scores["base"])
@@ -48,6 +57,7 @@ def test_quick_demo(tmp_path, monkeypatch):
         done = push(options.out, "me/demo-4bit", token="hf_demo")
         published = hub.folder("me/demo-4bit")
         assert {"README.md", "config.json", "model.safetensors"} <= set(done.files)
+        assert not any(name.startswith("epmq_") for name in done.files)
         for name in done.files:
             assert (published / name).read_bytes() == (options.out / name).read_bytes()
 
