@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 
 import pytest
 from regret_samples import HOSTILE
@@ -63,6 +64,24 @@ def test_a_phone_scrolls_tables_within_their_box_and_never_the_page(page, sample
             "return !!arguments[0].closest('.scroll, .modebar')", control
         ):
             assert control.rect["x"] + control.rect["width"] <= 390
+
+
+def test_a_phone_that_is_turned_keeps_every_chart_whole(page, sample):
+    """A window that changes its width must leave each chart as high as it was drawn."""
+    heights = """return [...document.querySelectorAll('.js-plotly-plot')].filter(
+        (chart) => chart.offsetParent).map((chart) => {
+        const box = chart.getBoundingClientRect(), svg = chart.querySelector('.main-svg');
+        return [Math.round(box.height), Math.round(svg.getBoundingClientRect().height)]; })"""
+    page.open(sample("llama").file, width=844, height=390)
+    assert page.run(heights)
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    time.sleep(2)  # plotly waits a little before it draws anew
+    assert page.run("return innerWidth") == 390
+    for box, drawn in page.run(heights):
+        assert box == pytest.approx(drawn, abs=2) and drawn > 100
+    assert page.run("return document.documentElement.scrollWidth") <= 390
+    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 # ---- charts --------------------------------------------------------------------------------------

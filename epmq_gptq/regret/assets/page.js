@@ -107,7 +107,10 @@
   function draw(id, traces, more) {
     const config = Object.assign({ displayModeBar: hovers.matches && !narrow.matches ? "hover" : false }, CONFIG);
     config.toImageButtonOptions = { filename: `regret-${id}`, scale: 2 };
-    Plotly.react(by(id), traces, layout(more), config);
+    const drawn = layout(more);
+    // When the window changes plotly takes the height of the box, which is that of nothing.
+    by(id).style.height = drawn.height ? `${drawn.height}px` : "";
+    Plotly.react(by(id), traces, drawn, config);
   }
 
   // Ticks that have room: the first place of each of some labels, evenly chosen.
