@@ -53,6 +53,7 @@ def preflight(
     dtype_bytes: int | None = None,
     runs_experts: bool = False,
     chooses_alpha: bool = False,
+    keeps_apart: bool = False,
     save_statistics: bool = False,
 ) -> Preflight:
     """Everything that can be said of a run before any compute; raises nothing that it can report.
@@ -73,6 +74,7 @@ def preflight(
         device: for the estimate of the time.
         dtype_bytes: of the computation; None for that of the merged model's layers.
         runs_experts, chooses_alpha: what the targets need, for the estimates.
+        keeps_apart: whether the experts' sums are held apart until a layer is solved.
         save_statistics: whether the disk has to hold the statistics as well.
 
     Raises:
@@ -104,6 +106,7 @@ def preflight(
             len(experts.names),
             device,
             dtype_bytes,
+            apart=len(experts.names) if keeps_apart else 1,
             runs_experts=runs_experts,
             chooses_alpha=chooses_alpha,
         )
@@ -193,6 +196,8 @@ def _run_estimates(
     experts: int,
     device: str,
     dtype_bytes: int | None,
+    *,
+    apart: int,
     **targets: bool,
 ) -> dict[str, Any]:
     total = sum(tokens.values())
@@ -204,7 +209,13 @@ def _run_estimates(
     half = estimates.measure_rate(device, torch.bfloat16) if dtype_bytes == 2 else None
     return {
         "memory": estimates.memory(
-            merged, linears, tokens=total, hidden=hidden, dtype_bytes=dtype_bytes, **targets
+            merged,
+            linears,
+            tokens=total,
+            hidden=hidden,
+            dtype_bytes=dtype_bytes,
+            apart=apart,
+            **targets,
         ),
         "time": estimates.duration(
             linears,

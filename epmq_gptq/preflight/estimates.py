@@ -111,6 +111,7 @@ def memory(
     tokens: int,
     hidden: int,
     dtype_bytes: int,
+    apart: int = 1,
     runs_experts: bool = False,
     chooses_alpha: bool = False,
 ) -> dict[str, int]:
@@ -121,6 +122,7 @@ def memory(
     inputs of the current layer and its outputs for all tokens.
 
     Args:
+        apart: experts whose sums are held apart from the others', each as much as all together.
         runs_experts: the experts' own inputs of all linear layers of one layer are held as well,
             one layer of one expert and what surrounds the layers, and two more Grams per input.
         chooses_alpha: the held-out rows have Grams and D of their own.
@@ -133,7 +135,7 @@ def memory(
         inputs = len({li.name.rpartition(".")[0] for li in members})
         sums = (4 if runs_experts else 2) * inputs * d * d + sum(li.outputs * d for li in members)
         sums += (2 if runs_experts else 1) * inputs * min(ROWS, tokens) * d
-        held = (2 if chooses_alpha else 1) * sums + d * d
+        held = apart * (2 if chooses_alpha else 1) * sums + d * d
         held += 3 * max(li.outputs * d for li in members)
         statistics = max(statistics, held * FP32)
     model, activations = numel * dtype_bytes, 2 * tokens * hidden * dtype_bytes

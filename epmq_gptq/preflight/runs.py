@@ -69,6 +69,7 @@ def check_run(
         tokens=tokens,
         runs_experts=config.runs_experts,
         chooses_alpha=config.chooses_alpha,
+        keeps_apart=config.save_statistics or config.weighting == "minmax",
         save_statistics=config.save_statistics,
         **depth,
     )

@@ -73,6 +73,10 @@ def test_memory_is_that_of_the_widest_group():
     assert found["statistics"] == 4 * (3 * 16 * 16 + rows + 8 * 16 + 3 * 8 * 16)
     assert found["activations"] == 2 * 100 * 8 * 2
     assert found["peak"] == sum(found[k] for k in ("model", "statistics", "activations"))
+    # Four experts held apart: four times the sums, and what is not a sum once.
+    apart = estimates.memory(merged, linears(), tokens=100, hidden=8, dtype_bytes=2, apart=4)
+    sums = 2 * 16 * 16 + rows + 8 * 16
+    assert apart["statistics"] == found["statistics"] + 4 * 3 * sums
 
 
 def test_routed_modules_of_a_layer_are_held_together():
