@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import Checkpoint
 from ..config import EPMQConfig
-from ..errors import EPMQInputError
+from ..errors import EPMQInputError, EPMQWarning
 from ..hub import parse_hub_id
 from .bundle import Bundle
 
@@ -54,6 +55,9 @@ def requantize(
             calls a ``subset_callback``.
         options: of ``EPMQConfig``, in place of the recorded ones: ``alpha``, ``alpha_pattern``,
             ``bits``, ``group_size``, ``expert_weights``, ``weighting``, ``dynamic``, ….
+
+    Warns:
+        EPMQWarning: experts are left out of statistics with ``eta`` or ``rho``.
 
     Returns:
         GPTQModel's model, quantized: ``save`` it. ``model.epmq_report`` says how it went.
@@ -125,6 +129,16 @@ def recorded_config(
         **chosen,
     )
     _check_recorded(bundle, config)
+    if len(names) < len(known) and config.runs_experts:
+        warnings.warn(
+            EPMQWarning(
+                "these statistics are of targets that make up for what earlier layers got wrong "
+                f"(eta={config.eta:g}, rho={config.rho:g}), in the recorded run, with all experts; "
+                "without some of them the others may lose as well. Compare with a run on rows.",
+                code="EPMQ-F55",
+            ),
+            stacklevel=3,
+        )
     return config
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from test_quantize import differing, gar_order, run
 
 from epmq_gptq import EPMQConfig, EPMQInputError
 from epmq_gptq.cli import app
+from epmq_gptq.errors import EPMQWarning
 from epmq_gptq.preflight.estimates import recorded as estimated
 from epmq_gptq.recorded.bundle import FOLDER_NAME, Bundle
 from epmq_gptq.recorded.half import unpack_delta, unpack_gram
@@ -222,6 +224,16 @@ def test_a_moe_and_biases_and_heads(tmp_path):
             assert any(target == "merged" for _, target, _ in targets)
         else:
             assert any(m.bias_shift for m in model.epmq_report.modules)
+
+
+def test_an_expert_left_out_of_the_default_targets_is_warned_of(case):
+    """Measured on the demo: the experts that stay lose as well (docs/statistics.md)."""
+    with pytest.warns(EPMQWarning, match="without some of them the others may lose") as caught:
+        requantize(case.folder / "best", case.merged, device="cpu", leave_out=["expert1"])
+    assert [str(w.message) for w in caught].count(str(caught[0].message)) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EPMQWarning)
+        requantize(case.folder / "paper", case.merged, device="cpu", leave_out=["expert1"])
 
 
 # ---- what is refused ---------------------------------------------------------------------------
