@@ -116,6 +116,8 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "hook": (GPTQProcessor, "pre_process_fwd_hook", ("name",)),
     "group": (GPTQProcessor, "begin_shared_input_capture", ("model", "subset_names")),
     "solve": (GPTQProcessor, "end_shared_input_capture", ("subset_names",)),
+    "no inputs": (GPTQProcessor, "verify_calibration_dataset", ("processor_index",)),
+    "events": (ModuleLooper, "_subset_event_dispatch", ("stage", "module_names")),
     "plan": (GPTQProcessor, "_resolve_shared_input_plan", ("model",)),
     "rounding kernel": (
         gptq_cuda,

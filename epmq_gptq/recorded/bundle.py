@@ -162,6 +162,8 @@ class Bundle:
             self.options: dict[str, Any] = dict(self.index["options"])
             self.tokens: dict[str, int] = dict(self.index["tokens"])
             self.merged: dict[str, Any] = dict(self.index["merged"])
+            if not self.experts or not set(self.experts) <= set(self.tokens):
+                raise ValueError("experts without tokens")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"`{INDEX_NAME}` is not complete ({error})") from error
         self.layers = {name: group for group in self.groups for name in group.layers}
