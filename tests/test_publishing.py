@@ -632,7 +632,8 @@ def test_the_command_says_what_it_did(hub, checkpoint, tmp_path):
     done = json.loads((tmp_path / "x.json").read_text())
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "created repository org/llama-4bit" in lines and "created branch 4bit" in lines
-    assert lines[-1] == f"pushed {done['url']}: {lines[-1].rpartition(': ')[2]}"
+    pushed = next(line for line in lines if line.startswith("pushed "))
+    assert pushed.startswith(f"pushed {done['url']}: ") and lines[-1].startswith("report ")
     assert any(line.startswith("upload ") and "MB" in line for line in lines)
     again = run("push", checkpoint, "org/llama-4bit", "--revision", "4bit")
     assert again.stdout.splitlines()[-1].startswith("unchanged   ")
