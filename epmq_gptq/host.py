@@ -38,7 +38,7 @@ from .linears import Linear
 from .model_linears import check_architecture, check_head, quantizable_linears
 from .models import register
 from .options import exists
-from .phases import Phases, peak_memory
+from .phases import PHASES, Phases, peak_memory
 from .preflight import Preflight
 from .preflight.runs import run_preflight
 from .preparing import planned, recording_of, settle_alpha, trajectories_of
@@ -425,6 +425,7 @@ def _finish(
     report.seconds = time.perf_counter() - start
     timer = getattr(model, "quant_region_timer", None)
     report.phases = phases.result(report.seconds, timer.snapshot() if timer else None)
+    report.phase_memory = {name: phases.memory[name] for name in PHASES if phases.memory.get(name)}
     report.peak_memory = peak_memory(device)
 
 

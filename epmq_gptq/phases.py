@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 import re
 import sys
 import threading
@@ -57,15 +58,21 @@ class Phases:
     overlap, so their sum may be more than the wall time.
 
     Args:
-        device: of the run; it matters within :func:`exact_phases` only.
+        device: of the run. Its GPU is waited for within :func:`exact_phases` only.
+
+    Attributes:
+        seconds: phase → seconds so far.
+        memory: phase → the most bytes held at an end of it, by the process, or by torch on a GPU.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
         device = torch.device(device)
+        self._gpu = device if device.type == "cuda" else None
         self._device = device if _exact.get() and device.type == "cuda" else None
         self._lock = threading.Lock()
         self._running = threading.local()
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
         self._in_hooks = 0.0
 
     @contextlib.contextmanager
@@ -83,11 +90,13 @@ class Phases:
             own = spent - self._running.inner
             self._running.inner = None if outer is None else outer + spent
             self.add(phase, own)
+            self._look(phase)
 
     @contextlib.contextmanager
     def in_hook(self, phase: str) -> Iterator[None]:
         """Like :meth:`measure`, within a forward pass, of which it is no part."""
         start = time.perf_counter()
+        self._look("forward")
         try:
             with self.measure(phase):
                 yield
@@ -99,6 +108,11 @@ class Phases:
         """Count seconds that were measured elsewhere."""
         with self._lock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def _look(self, phase: str) -> None:
+        size = _held(self._gpu)
+        with self._lock:
+            self.memory[phase] = max(size, self.memory.get(phase, 0))
 
     def _wait(self) -> None:
         if self._device is not None:
@@ -127,6 +141,20 @@ def peak_memory(device: torch.device | str = "cpu") -> dict[str, int]:
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.max_memory_allocated(device)
     return found
+
+
+_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+def _held(gpu: torch.device | None) -> int:
+    """Bytes right now, of the GPU if there is one; 0 where the system does not say."""
+    if gpu is not None:
+        return torch.cuda.memory_allocated(gpu)
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def _peak_of_process() -> int:

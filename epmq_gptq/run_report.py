@@ -104,6 +104,8 @@ class QuantizationReport:
         shared_layers: layers that used another layer's Gram.
         phases: phase → seconds, see :data:`~epmq_gptq.phases.PHASES`; work of several threads at
             once counts for each of them.
+        phase_memory: phase → the most bytes held at an end of it, by the process or on the GPU; not
+            of phases that are the host's alone.
         peak_memory: bytes at the peak of the process, and of the GPU where there is one.
         left: experts whose own pass ended early, and why (``on_bad_module="rtn"``): from there on
             their targets are the paper's.
@@ -119,6 +121,7 @@ class QuantizationReport:
     shared_groups: int = 0
     shared_layers: int = 0
     phases: dict[str, float] = field(default_factory=dict)
+    phase_memory: dict[str, int] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     preflight: dict[str, Any] = field(default_factory=dict)
@@ -144,6 +147,7 @@ class QuantizationReport:
         return {
             "seconds": self.seconds,
             "phases": dict(self.phases),
+            "phase_memory": dict(self.phase_memory),
             "peak_memory": dict(self.peak_memory),
             "experts": len(self.tokens),
             "tokens": sum(self.tokens.values()),

@@ -163,6 +163,7 @@ def report(
         rows={name: 64 for name in experts},
         tokens=tokens,
         seconds=0.9 * len(modules) + 12.3,
+        phase_memory={"forward": 900_000_000, "gram": 1_200_000_000, "solve": 1_300_000_000},
         phases={"forward": 41.5, "gram": 30.25, "solve": 12.5, "round": 25.0, "pack": 3.1},
         peak_memory={"process": 2_345_678_901},
         provenance={

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import tiny
+import torch
 
 from epmq_gptq import EPMQConfig, phases
 from epmq_gptq.phases import PHASES, Phases, peak_memory
@@ -115,3 +116,22 @@ def test_only_a_profile_waits_for_the_gpu(monkeypatch):
         pass
     assert len(waited) == 2
     assert phases.Phases("cuda")._device is None
+
+
+def test_memory_of_a_phase_is_the_most_that_was_held_at_an_end_of_it():
+    spent = Phases()
+    before = peak_memory()["process"]
+    with spent.measure("solve"):
+        held = torch.ones(32 << 20)  # 128 MB, touched
+    with spent.measure("round"):
+        pass
+    assert spent.memory["solve"] >= 128 << 20
+    del held
+    with spent.measure("solve"):
+        pass
+    # The first end of it held more, and stays.
+    assert spent.memory["solve"] >= spent.memory["round"] - (8 << 20)
+    assert spent.memory["solve"] <= max(before, peak_memory()["process"]) + (8 << 20)
+    with spent.in_hook("gram"):
+        pass
+    assert set(spent.memory) == {"solve", "round", "gram", "forward"}

@@ -167,6 +167,7 @@ def report_figures(
         "worst": _worst(modules, judge),
         "left": report.left,
         "phases": report.phases,
+        "phase_memory": report.phase_memory,
         "peak_memory": report.peak_memory,
     }
 

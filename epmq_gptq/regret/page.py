@@ -146,6 +146,7 @@ def page_data(document: dict[str, Any]) -> dict[str, Any]:
             one["retention"] and one["retention"]["percent"] for one in document["experts"]
         ],
         "phases": document["phases"],
+        "phase_memory": {n: human_size(size) for n, size in document["phase_memory"].items()},
     }
     # Tokens are known of experts without a figure, too.
     data["cells"]["tokens"] = [one["tokens"].get(name) for one in modules for name in experts]

@@ -91,6 +91,7 @@ class RunReport:
         rows, tokens: calibration rows and tokens per expert.
         seconds: wall time.
         phases: phase → seconds.
+        phase_memory: phase → bytes; {} in reports of an older version.
         peak_memory: where → bytes.
         left: experts that were not run to the end → why.
         provenance: what is published with the checkpoint; as it was read, unchecked.
@@ -104,6 +105,7 @@ class RunReport:
     tokens: dict[str, int]
     seconds: float
     phases: dict[str, float]
+    phase_memory: dict[str, int]
     peak_memory: dict[str, int]
     left: dict[str, str]
     provenance: dict[str, Any]
@@ -179,6 +181,7 @@ def _run(values: JsonValues, name: str, version: str) -> RunReport:
         tokens=tokens,
         seconds=values.number("seconds", least=0),
         phases=values.numbers("phases"),
+        phase_memory=values.counts("phase_memory"),
         peak_memory=values.counts("peak_memory"),
         left={expert: left.text(expert) for expert in left.values},
         provenance=dict(values.inside("provenance", needed=False).values),

@@ -395,10 +395,12 @@
   function drawPhases() {
     const rows = Object.entries(data.phases).sort((a, b) => b[1] - a[1]);
     const all = rows.reduce((sum, one) => sum + one[1], 0);
+    const held = (name) => (data.phase_memory[name] ? ", " + data.phase_memory[name] : "");
     drawBars("phases", rows.map(([name]) => name.replace(/_/g, " ")), [{
-      name: "seconds", colour: "after", values: rows.map((one) => one[1]), texts: rows.map((one) => plain(one[1]) + " s"),
-      hover: rows.map(([name, seconds]) => `${safe(cut(name, 60))}<br><b>${plain(seconds)} s</b>, ${percent(all ? seconds / all : null)}`),
-    }], { title: "seconds", suffix: "", room: 64 });
+      name: "seconds", colour: "after", values: rows.map((one) => one[1]),
+      texts: rows.map(([name, seconds]) => plain(seconds) + " s" + held(name)),
+      hover: rows.map(([name, seconds]) => `${safe(cut(name, 60))}<br><b>${plain(seconds)} s</b>, ${percent(all ? seconds / all : null)}${held(name)}`),
+    }], { title: "seconds", suffix: "", room: Object.keys(data.phase_memory).length ? 130 : 64 });
   }
   function drawAlpha() {
     const found = data.modules.alpha.map((_, m) => m).filter((m) => data.modules.alpha[m] != null);
