@@ -652,8 +652,8 @@ def on_a_terminal(*arguments, answers):
             if answered < len(answers) and answers[answered][0] in shown:
                 asked, typed = answers[answered]
                 shown = shown.replace(asked, "(asked)", 1)
-                # The question is there before its answer is read: Ctrl-C in between is forgotten, as
-                # by any `input` of Python.
+                # The question is there before its answer is read: Ctrl-C in between is forgotten,
+                # as by any `input` of Python.
                 time.sleep(0.5)
                 os.write(leader, typed.encode())
                 answered += 1
