@@ -17,6 +17,7 @@ from .. import __version__
 from ..console import Reporter
 from ..errors import EPMQError, EPMQInputError
 from ..exit_codes import ExitCode
+from .completion import devices
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -43,6 +44,11 @@ Quiet = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu or cuda; default: a GPU where torch sees one.", autocompletion=devices),
+]
+Full = Annotated[bool, typer.Option("--full", help="Show every layer, however many.")]
 Verbose = Annotated[
     bool,
     typer.Option(
@@ -185,14 +191,6 @@ def parts_of(error: BaseException) -> dict[str, str | None]:
         "cause": str(error),
         "remedy": "Run again with --verbose for the traceback and GPTQModel's log.",
     }
-
-
-def write_error(file: Path | None, error: BaseException) -> None:
-    """What scripts read when there is no report; the place itself may be what is wrong."""
-    if file is not None:
-        with contextlib.suppress(OSError, EPMQInputError):
-            text = json.dumps({"epmq_gptq": __version__, "error": parts_of(error)}, indent=2)
-            place(file).write_text(text + "\n", encoding="utf-8")
 
 
 # ---- help ----------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Json, Quiet, Run, Verbose, examples, place, running
-from .completion import devices, dtypes, splits, suites
+from .common import Device, Json, Quiet, Run, Verbose, examples, place, running
+from .completion import dtypes, splits, suites
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
@@ -92,12 +92,7 @@ def evaluate(
             help="float32, bfloat16 or float16; default float32 on a CPU.", autocompletion=dtypes
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu or cuda; default: a GPU where torch sees one.", autocompletion=devices
-        ),
-    ] = None,
+    device: Device = None,
     json_report: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -10,6 +10,8 @@ import typer
 
 from ..errors import EPMQInputError
 from .common import (
+    Device,
+    Full,
     Json,
     Overwrite,
     Quiet,
@@ -21,7 +23,7 @@ from .common import (
     running,
     values,
 )
-from .completion import devices, dtypes, settings
+from .completion import dtypes, settings
 
 
 @examples(
@@ -83,12 +85,7 @@ def quantize(
         typer.Option(help="Of a merged model: write what is known as a recipe, and stop."),
     ] = None,
     overwrite: Overwrite = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu or cuda; default: a GPU where torch sees one.", autocompletion=devices
-        ),
-    ] = None,
+    device: Device = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Rows per forward pass, instead of the recipe's.")
     ] = None,
@@ -99,7 +96,7 @@ def quantize(
             "phase is waited for, which takes a little time."
         ),
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Show every layer, however many.")] = False,
+    full: Full = False,
     json_report: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,

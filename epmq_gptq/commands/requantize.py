@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from .common import (
+    Device,
+    Full,
     Json,
     Overwrite,
     Quiet,
@@ -18,7 +20,7 @@ from .common import (
     running,
     values,
 )
-from .completion import devices, dtypes, settings
+from .completion import dtypes, settings
 
 
 @examples(
@@ -62,19 +64,14 @@ def requantize(
         ),
     ] = None,
     overwrite: Overwrite = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu or cuda; default: a GPU where torch sees one.", autocompletion=devices
-        ),
-    ] = None,
+    device: Device = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             help="That weights are computed in; default: as recorded.", autocompletion=dtypes
         ),
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Show every layer, however many.")] = False,
+    full: Full = False,
     json_report: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -12,7 +12,7 @@ from ..errors import EPMQNumericalError
 from ..processor import EPMQProcessor
 from ..statistics import GroupStatistics
 from ..task import EPMQ
-from .bundle import Bundle, RecordedGroup, RecordedLayer
+from .bundle import PARTS, Bundle, RecordedGroup, RecordedLayer
 from .recording import recorded
 from .sums import ExpertSums
 from .watch import RecordedWatch
@@ -72,7 +72,7 @@ class RecordedProcessor(EPMQProcessor):
                 name: recorded(name, one, self.weighting, device)
                 for name, one in sums.get(part, {}).items()
             }
-            for part in ("fitted", "held_out")
+            for part in PARTS
         ]
         fitted, held_out = parts if parts[0] else (parts[1], {})
         about = {task: group.layers[task.full_name] for task in tasks}

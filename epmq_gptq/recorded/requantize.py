@@ -66,15 +66,13 @@ def requantize(
         EPMQInputError: an option cannot be changed, or merge and statistics do not belong together.
         EPMQNumericalError: as of ``quantize``.
     """
-    from ..host import install
+    from ..host import install, merged_folder
     from ..pipeline import choose_device, load_merged
 
     install()
     bundle = statistics if isinstance(statistics, Bundle) else Bundle(Path(statistics))
     config = recorded_config(bundle, leave_out, options)
     merged = merged if merged is not None else _recorded_merge(bundle)
-    from ..host import merged_folder
-
     folder = merged_folder(merged)
     check_merge(bundle, folder)
     dtype = dtype or bundle.index.get("dtype", "float32")
