@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 # Two OpenMP threads make GPTQ's column loop up to 10x slower on a busy machine.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test lint format docs test-serving test-browser bench-speed bench-quality bench-ablation clean
+.PHONY: help venv demo test lint format docs test-serving test-browser test-faults bench-speed bench-quality bench-ablation clean
 
 help:
 	@echo "make demo          train, merge and quantize small experts; print one table"
 	@echo "make test          the tests (no network, CPU)"
 	@echo "make test-serving  serve an E-PMQ checkpoint with real vLLM on the CPU"
 	@echo "make test-browser  the regret report in a headless Chromium"
+	@echo "make test-faults   kills, full disks, bad numbers, by real means (docs/reliability.md)"
 	@echo "make lint          ruff"
 	@echo "make docs          the pages of docs/ as a site in out/docs; every link is checked"
 	@echo "make bench-speed   time and memory against stock GPTQModel (40 minutes)"
@@ -50,6 +51,9 @@ docs: venv
 test-serving: venv
 	tests/serving/setup_env.sh
 	$(TEST_ENV) EPMQ_SERVING=1 $(BIN)/python -m pytest -q tests/serving $(ARGS)
+
+test-faults: venv
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/faults $(ARGS)
 
 test-browser: venv
 	tests/browser/setup.sh

@@ -237,3 +237,15 @@ def test_such_blocks_are_there():
     assert {page for page, _, _ in shown()} == {"cli.md", "troubleshooting.md"}
     (error,) = [output for page, _, output in shown() if page == "cli.md"]
     assert json.loads(error)["exit_code"] == 2
+
+
+def test_the_table_of_faults_is_that_of_the_tests():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("table", ROOT / "tests" / "faults" / "table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    page = table.PAGE.read_text(encoding="utf-8")
+    assert len(table.faults()) > 0 and table.filled(page) == page, (
+        "run `python tests/faults/table.py`"
+    )
