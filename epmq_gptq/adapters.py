@@ -83,6 +83,7 @@ class Adapter:
     ) -> None:
         self.what = what
         self.tensors = tensors
+        self.options = dict(options)
         self._config = _lora_config(options, what)
         self.base: str | None = self._config.base_model_name_or_path or None
         if self.base and self._config.revision and not exists(Path(self.base)):

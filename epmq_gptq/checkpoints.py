@@ -159,7 +159,7 @@ def check_folder(path: Path, *, what: str) -> None:
 
 # (file, bytes, time of change, inode) -> SHA-256. A merge and the quantization after it describe
 # the same experts: tens of gigabytes.
-_digests: dict[tuple[Path, int, int, int], str] = {}
+known_digests: dict[tuple[Path, int, int, int], str] = {}
 
 
 class _Stopped(Exception):
@@ -170,15 +170,15 @@ def file_digest(file: Path, stop: threading.Event | None = None) -> str:
     """SHA-256 of a file, from memory where it has not changed; ``stop`` as in ``digest``."""
     state = file.stat()
     key = file, state.st_size, state.st_mtime_ns, state.st_ino
-    if key not in _digests:
+    if key not in known_digests:
         digest = hashlib.sha256()
         with open(file, "rb") as stream:
             while block := stream.read(1 << 22):
                 if stop is not None and stop.is_set():
                     raise _Stopped
                 digest.update(block)
-        _digests[key] = digest.hexdigest()
-    return _digests[key]
+        known_digests[key] = digest.hexdigest()
+    return known_digests[key]
 
 
 @contextlib.contextmanager

@@ -51,6 +51,10 @@ CODES: dict[str, str] = {
     "EPMQ-F36": "tokenizers differ",
     "EPMQ-F37": "a tied head cannot be quantized",
     "EPMQ-F38": "an architecture or a layer type is not supported",
+    "EPMQ-F40": "a run was stopped, and can go on",
+    "EPMQ-F41": "a checkpoint is of another run",
+    "EPMQ-F42": "a checkpoint is damaged, or is not where it should be",
+    "EPMQ-F43": "two processes write to one place",
     "EPMQ-F44": "a disk has too little space",
     "EPMQ-F45": "an output place cannot be used",
     "EPMQ-F49": "the host is not a tested one",
@@ -138,6 +142,10 @@ class EPMQNumericalError(EPMQError, ArithmeticError):
         super().__init__(cause, **parts)
         self.module = module
         self.expert = expert
+
+
+class EPMQStopped(EPMQError):
+    """A run was asked to stop, and has committed what is done: it can go on."""
 
 
 class EPMQHostError(EPMQError, RuntimeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from .errors import EPMQInputError, EPMQNumericalError
+from .errors import EPMQInputError, EPMQNumericalError, EPMQStopped
 
 
 class ExitCode(IntEnum):
@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
     FAILED = 1
     INPUT = 2
     NUMERICAL = 3
+    STOPPED = 75
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 
@@ -29,6 +30,8 @@ class ExitCode(IntEnum):
             return cls.INPUT
         if isinstance(error, EPMQNumericalError):
             return cls.NUMERICAL
+        if isinstance(error, EPMQStopped):
+            return cls.STOPPED
         if isinstance(error, KeyboardInterrupt):
             return cls.INTERRUPTED
         if isinstance(error, BrokenPipeError):
@@ -41,6 +44,7 @@ _MEANINGS = {
     ExitCode.FAILED: "anything else: another GPTQModel, a save that does not read back, a bug",
     ExitCode.INPUT: "an option, a file or a model cannot be used as asked; nothing was computed",
     ExitCode.NUMERICAL: "numbers that cannot be trusted; no checkpoint was written",
+    ExitCode.STOPPED: "stopped (Ctrl-C, SIGTERM) where it can go on: the same command continues it",
     ExitCode.INTERRUPTED: "interrupted (Ctrl-C); no checkpoint was written",
     ExitCode.BROKEN_PIPE: "whoever read the output went away, as `| head` does",
 }

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gptqmodel import GPTQModel
+from gptqmodel import DEVICE_THREAD_POOL, GPTQModel
+from gptqmodel.looper import gptq_checkpoint
+from gptqmodel.looper.checkpoint import CheckpointExtension
+from gptqmodel.looper.checkpoint_store import CheckpointStore
 from gptqmodel.looper.gptq_processor import GPTQProcessor
 from gptqmodel.looper.module_looper import ModuleLooper
 from gptqmodel.models import loader as host_loader
@@ -49,6 +52,16 @@ from .recorded.bundle import Bundle
 from .recorded.processor import RecordedProcessor
 from .recorded.recording import about_run
 from .recorded.requantize import check_linears
+from .resume.adapter import EPMQCheckpointAdapter, total_spent
+from .resume.digests import remembered
+from .resume.identity import run_identity
+from .resume.session import (
+    Resumable,
+    check_checkpoint,
+    check_root,
+    resumable,
+    stopping_when_told,
+)
 from .run_report import QuantizationReport
 from .saving import save_whole
 from .weighting import Weighting
@@ -106,7 +119,20 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "first inputs": (BaseQModel, "run_input_capture", ("example", "use_cache", "data_device")),
     "tokenizer": (host_loader, "load_hf_tokenizer", ()),
     "root tensors": (host_loader, "load_checkpoint_in_model_then_tie_weights", ("model",)),
-    "loop": (ModuleLooper, "__init__", ("model", "processors")),
+    "loop": (ModuleLooper, "__init__", ("model", "processors", "extensions")),
+    "end of the loop": (ModuleLooper, "wait_dangling_threads", ()),
+    "may go on": (gptq_checkpoint, "validate_checkpoint_support", ("model",)),
+    "identity of options": (gptq_checkpoint, "_checkpoint_identity_value", ("value",)),
+    "state": (gptq_checkpoint.QuantizationCheckpointAdapter, "capture", ()),
+    "going on": (
+        gptq_checkpoint.QuantizationCheckpointAdapter,
+        "restore",
+        ("state", "artifacts"),
+    ),
+    "state of a processor": (GPTQProcessor, "continuation_state_dict", ()),
+    "end of a layer": (CheckpointExtension, "on_boundary", ("boundary",)),
+    "objects": (CheckpointStore, "object_path", ("digest",)),
+    "generations": (CheckpointStore, "_current", ()),
     "stop": (ModuleLooper, "_request_loop_stop", ("exc",)),
     "task": (GPTQ, "quantize", ("blocksize",)),
     "factor": (GPTQ, "hessian_inverse", ("H",)),
@@ -182,6 +208,7 @@ def install() -> None:
         # There the host's own default, one worker, makes its thread pool refuse to start.
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     host_quantize, host_save = BaseQModel._quantize_with_calibration, BaseQModel.save
+    host_validate = gptq_checkpoint.validate_checkpoint_support
 
     @functools.wraps(host_quantize)
     def quantize(self, **arguments):
@@ -196,10 +223,17 @@ def install() -> None:
             return save_whole(self, write, save_dir, *arguments, overwrite=overwrite, **options)
         return host_save(self, save_dir, *arguments, **options)
 
+    @functools.wraps(host_validate)
+    def validate_checkpoint_support(model, **options):
+        # What the host refuses (other families, `dynamic`, a head) its own adapter cannot restore.
+        if not isinstance(model.quantize_config, EPMQConfig):
+            host_validate(model, **options)
+
     for name in ("load", "from_pretrained"):
         setattr(GPTQModel, name, classmethod(_checked_loader(getattr(GPTQModel, name).__func__)))
     quantize._epmq = True
     BaseQModel._quantize_with_calibration, BaseQModel.save = quantize, save
+    gptq_checkpoint.validate_checkpoint_support = validate_checkpoint_support
     BaseQModel.push_to_hub = _push_to_hub(BaseQModel.__dict__.get("push_to_hub"))
 
 
@@ -280,11 +314,16 @@ def quantize_with_experts(
     calibration_sort: str | None = None,
     calibration_concat_size: int | None = None,
     backend=None,
+    checkpoint=None,
     **host_options,
 ) -> dict[str, Any]:
     """Run E-PMQ (Algorithm 1) in the host's layer loop.
 
     Everything that can be refused is refused before the first forward pass.
+
+    Args:
+        checkpoint: the host's ``CheckpointConfig``: where finished layers are committed, and gone
+            on from; see :class:`~epmq_gptq.resume.Resumable`.
 
     Returns:
         The host's log per processor, and under ``"epmq"`` a :class:`QuantizationReport`, which is
@@ -303,65 +342,95 @@ def quantize_with_experts(
     check_architecture(model)
     check_head(model)
     if isinstance(calibration, Bundle):
+        _check_host_options({"checkpoint": checkpoint})
         return _quantize_recorded(model, calibration, backend, start)
-    # Opened now, though only its digest is wanted at the end: what cannot be described is refused
-    # before the work, not after it.
-    merged = Checkpoint(str(model.model_local_path), what="the merged model")
-    experts = Experts(config.experts, base=config.base, require_pinned=config.require_pinned)
-    model.epmq_sources = {"merged model": merged.path} | experts.folders
-    linears = list(quantizable_linears(model))
-    device = getattr(config.device, "value", None) or str(config.device or "cpu")
-    phases = Phases(device)
-    settle_alpha(config, merged)
-    plan = planned(
-        model, experts, calibration, calibration_sort, batch_size, calibration_concat_size
-    )
-    checked = run_preflight(
-        config,
-        merged,
-        experts,
-        linears,
-        plan.tokens,
-        device=device,
-        dtype_bytes=next(model.model.parameters()).dtype.itemsize,
-    )
-    trajectories = trajectories_of(model, merged, experts, plan, linears, phases)
-    weighting = Weighting(config.weighting, plan.tokens, config.expert_weights, config.data_free)
-    recording = recording_of(config, experts, weighting, linears, trajectories is not None)
-    processor = EPMQProcessor(
-        plan=plan,
-        experts=experts,
-        trajectories=trajectories,
-        recording=recording,
-        weighting=weighting,
-        is_routed=model.is_moe_module,
-        phases=phases,
-        tokenizer=model.tokenizer,
-        qcfg=config,
-        batch_size=batch_size,
-    )
-    phases.add("prepare", time.perf_counter() - start)
-    try:
-        with hashing_meanwhile([merged, *experts.checkpoints]):
-            log = _loop(model, processor, backend, device)
-    except BaseException:
-        if recording is not None:
-            recording.recorder.close()
-        raise
-    finally:
-        experts.close()
+    with contextlib.ExitStack() as stack:
+        # Opened now, though only its digest is wanted at the end: what cannot be described is
+        # refused before the work, not after it.
+        merged = Checkpoint(str(model.model_local_path), what="the merged model")
+        experts = Experts(config.experts, base=config.base, require_pinned=config.require_pinned)
+        stack.callback(experts.close)
+        model.epmq_sources = {"merged model": merged.path} | experts.folders
+        extension = None
+        if checkpoint is not None:
+            extension = stack.enter_context(_resumable(model, checkpoint))
+        linears = list(quantizable_linears(model))
+        device = getattr(config.device, "value", None) or str(config.device or "cpu")
+        phases = Phases(device)
+        settle_alpha(config, merged)
+        plan = planned(
+            model, experts, calibration, calibration_sort, batch_size, calibration_concat_size
+        )
+        dtype = next(model.model.parameters()).dtype
+        checked = run_preflight(
+            config,
+            merged,
+            experts,
+            linears,
+            plan.tokens,
+            device=device,
+            dtype_bytes=dtype.itemsize,
+        )
+        if extension is not None:
+            with remembered(extension.store.root):
+                identity = run_identity(config, merged, experts, plan, dtype, device)
+            extension.check(identity)
+            extension.adapter = EPMQCheckpointAdapter(
+                identity, lambda: _spent(model, phases, start)
+            )
+        trajectories = trajectories_of(model, merged, experts, plan, linears, phases)
         if trajectories is not None:
-            trajectories.close()
-    report = _report(processor, linears, checked)
-    _finish(model, report, phases, start, device)
-    report.provenance = provenance(merged, config, experts, report)
+            stack.callback(trajectories.close)
+        weighting = Weighting(
+            config.weighting, plan.tokens, config.expert_weights, config.data_free
+        )
+        recording = recording_of(config, experts, weighting, linears, trajectories is not None)
+        processor = EPMQProcessor(
+            plan=plan,
+            experts=experts,
+            trajectories=trajectories,
+            recording=recording,
+            weighting=weighting,
+            is_routed=model.is_moe_module,
+            phases=phases,
+            tokenizer=model.tokenizer,
+            qcfg=config,
+            batch_size=batch_size,
+        )
+        phases.add("prepare", time.perf_counter() - start)
+        try:
+            with hashing_meanwhile([merged, *experts.checkpoints]):
+                log = _loop(model, processor, backend, device, extension)
+        except BaseException:
+            if recording is not None:
+                recording.recorder.close()
+            raise
+        report = _report(processor, linears, checked)
+        _finish(model, report, phases, start, device, extension)
+        report.provenance = provenance(merged, config, experts, report)
     config.meta["epmq"] = report.provenance
     model.epmq_report = report
     if recording is not None:
-        dtype = next(model.model.parameters()).dtype
         recording.recorder.finish(about_run(report, config.settled_options(), dtype))
         model.epmq_statistics = recording.recorder
     return {**log, "epmq": report}
+
+
+def _resumable(model: BaseQModel, checkpoint) -> contextlib.AbstractContextManager[Resumable]:
+    config = model.quantize_config
+    checkpoint = check_checkpoint(checkpoint, config, model.model.config.model_type)
+    check_root(Path(checkpoint.path), model.epmq_sources)
+    return resumable(checkpoint, config)
+
+
+def _spent(model: BaseQModel, phases: Phases, start: float) -> dict[str, Any]:
+    """Seconds of this attempt, and of its phases."""
+    seconds = time.perf_counter() - start
+    timer = getattr(model, "quant_region_timer", None)
+    return {
+        "seconds": seconds,
+        "phases": phases.result(seconds, timer.snapshot() if timer else None),
+    }
 
 
 def _quantize_recorded(model: BaseQModel, bundle: Bundle, backend, start: float) -> dict[str, Any]:
@@ -419,12 +488,19 @@ def _quantize_recorded(model: BaseQModel, bundle: Bundle, backend, start: float)
 
 
 def _finish(
-    model: BaseQModel, report: QuantizationReport, phases: Phases, start: float, device: str
+    model: BaseQModel,
+    report: QuantizationReport,
+    phases: Phases,
+    start: float,
+    device: str,
+    extension: Resumable | None = None,
 ) -> None:
     """Where the time and the memory of a run went."""
-    report.seconds = time.perf_counter() - start
-    timer = getattr(model, "quant_region_timer", None)
-    report.phases = phases.result(report.seconds, timer.snapshot() if timer else None)
+    spent = _spent(model, phases, start)
+    if extension is not None:
+        spent = total_spent(extension.adapter.before, spent)
+        report.attempts = extension.adapter.attempts
+    report.seconds, report.phases = spent["seconds"], spent["phases"]
     report.phase_memory = {name: phases.memory[name] for name in PHASES if phases.memory.get(name)}
     report.peak_memory = peak_memory(device)
 
@@ -451,7 +527,7 @@ _REFUSED_OPTIONS = {
     "calibration_concat_separator": "leave it out",
     "adapter_calibration_dataset": "leave it out",
     "embed_quant_config": "quantize embeddings in a later run",
-    "checkpoint": "resuming is not supported yet",
+    "checkpoint": "requantizing takes no forward pass: start it again",
 }
 
 
@@ -495,15 +571,25 @@ def _fast_rounding(device: str) -> Iterator[None]:
         gptq_cuda.block_update_available, gptq_cuda.gptq_block_update = before
 
 
-def _loop(model: BaseQModel, processor: EPMQProcessor, backend, device: str) -> dict[str, Any]:
+def _loop(
+    model: BaseQModel,
+    processor: EPMQProcessor,
+    backend,
+    device: str,
+    extension: Resumable | None = None,
+) -> dict[str, Any]:
     config = model.quantize_config
-    options = {}
+    options: dict[str, Any] = {}
+    stopping = contextlib.nullcontext()
+    if extension is not None:
+        options["extensions"] = (extension,)
+        stopping = stopping_when_told(extension)
     if "disk_write_expected" in inspect.signature(ModuleLooper.__init__).parameters:  # 7.7
         options["disk_write_expected"] = bool(config.offload_to_disk)
     looper = ModuleLooper(model, processors=[processor], **options)
     processor.stop_loop = looper._request_loop_stop
     try:
-        with _fast_rounding(device):
+        with _fast_rounding(device), stopping:
             log = looper.loop(backend=backend, fallback=config.fallback)
         if processor.failure is not None:
             raise processor.failure
@@ -511,4 +597,9 @@ def _loop(model: BaseQModel, processor: EPMQProcessor, backend, device: str) -> 
         # Half of the layers may be packed: this object is neither the merge nor a result.
         model.quantized = False
         raise
+    finally:
+        if extension is not None:
+            # Nobody may be left that writes into the folder of this attempt.
+            DEVICE_THREAD_POOL.wait()
+            looper.wait_dangling_threads()
     return log

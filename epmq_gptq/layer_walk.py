@@ -109,6 +109,36 @@ class LayerWalk:
         known = self._shared.setdefault((tuple(value.shape), _fingerprint(value)), value)
         return known if torch.equal(known, value) else value
 
+    def state(self) -> dict[str, Any]:
+        """What is kept of all batches, every tensor once: numbers stand for their places."""
+        tensors: list[Tensor] = []
+        places: dict[int, int] = {}
+
+        def place(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(place(part) for part in value)
+            if value is None:
+                return None
+            if id(value) not in places:
+                places[id(value)] = len(tensors)
+                tensors.append(value)
+            return places[id(value)]
+
+        outputs = {path: [place(one) for one in each] for path, each in self._outputs.items()}
+        return {"tensors": tensors, "outputs": outputs}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        tensors = state["tensors"]
+
+        def value(place: Any) -> Any:
+            if isinstance(place, tuple):
+                first, *others = place
+                return (value(first), *(self._share(value(other)) for other in others))
+            return None if place is None else tensors[place]
+
+        self._outputs = {path: list(map(value, each)) for path, each in state["outputs"].items()}
+
     def leave(self, stack: LayerStack) -> None:
         """Forget what no later stack reads."""
         if not stack.is_read:

@@ -18,7 +18,12 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_output(
-    out: Path, inputs: Mapping[str, Path], overwrite: bool, *, option: str = "out"
+    out: Path,
+    inputs: Mapping[str, Path],
+    overwrite: bool,
+    *,
+    option: str = "out",
+    moved_there: bool = True,
 ) -> Path:
     """The absolute output path, if something may and can be written there.
 
@@ -27,6 +32,7 @@ def check_output(
         inputs: how errors call an input → its folder.
         overwrite: whether a non-empty folder may be replaced.
         option: what errors call ``out``.
+        moved_there: whether a finished folder will be moved to that name.
 
     Raises:
         EPMQInputError: it is, contains or lies inside an input or the working folder, is a file,
@@ -55,7 +61,7 @@ def check_output(
         raise refusal(f"be a folder, got the file `{target.name}`")
     if _lies_in(Path.cwd(), target):
         raise refusal("not be the working folder, nor contain it")
-    if is_folder and target.is_mount():
+    if moved_there and is_folder and target.is_mount():
         # The finished folder is moved to its name, and a file system stays where it is mounted.
         raise refusal(
             f"not be where a file system is mounted, got `{target.name}`", "Choose a folder in it."
@@ -160,7 +166,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             raise
         _sync(target.parent)
     except Exception as error:
-        if not _ran_full(error):
+        if not ran_full(error):
             raise
         raise _full_disk(target) from error
     finally:
@@ -184,7 +190,7 @@ def write_whole(file: Path, text: str) -> None:
         _sync(partial)
         os.replace(partial, file)
     except OSError as error:
-        if _ran_full(error):
+        if ran_full(error):
             raise _full_disk(file) from error
         raise EPMQInputError(
             f"`{file.name}` cannot be written: {reason_of(error)}.",
@@ -209,7 +215,8 @@ def _hidden(target: Path, state: str) -> str:
     return f".{target.name}.{uuid.uuid4().hex[:8]}.{state}"
 
 
-def _ran_full(error: Exception) -> bool:
+def ran_full(error: Exception) -> bool:
+    """Whether an error says that a disk has no room."""
     # safetensors reports the system's number in words only.
     words = [f"os error {number}" for number in _NO_SPACE]
     return getattr(error, "errno", None) in _NO_SPACE or any(w in str(error) for w in words)

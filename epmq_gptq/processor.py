@@ -9,14 +9,16 @@ its Hessian (``solver.py``, ``task.py``).
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -39,6 +41,9 @@ from .statistics import GroupStatistics, TargetForm
 from .task import EPMQ
 from .trajectories import ExpertTrajectories
 from .weighting import Weighting
+
+# Parts of the host's state that are numbers and words only.
+_TEXTS = ("log", "results", "statistics")
 
 
 @dataclass
@@ -469,6 +474,41 @@ class EPMQProcessor(GPTQProcessor):
                 self.failure = task.failure
         if first:
             self.stop_loop(task.failure)
+
+    # ---- going on after a kill -----------------------------------------------------------------
+
+    def continuation_state_dict(self) -> dict[str, Any]:
+        """What the layers that are left and the report depend on, at the end of a layer."""
+        assert not self._inputs, "no sum is complete within a layer"
+        state = super().continuation_state_dict()
+        with self.lock:
+            # The host's codec knows no number that is not finite, nor numpy's; JSON text has both.
+            for key in _TEXTS:
+                state[key] = json.dumps(state[key], default=float)
+            state["epmq"] = {
+                "reports": json.dumps([asdict(report) for report in self.reports], default=float),
+                "shared": [self.shared_groups, self.shared_layers],
+                "generation": self._shared_input_capture_generation,
+            }
+        if self.recording is not None:
+            state["epmq"]["recorded"] = json.dumps(self.recording.recorder.state())
+        if self.trajectories is not None:
+            state["epmq"]["trajectories"] = self.trajectories.continuation_state()
+        return state
+
+    def load_continuation_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`continuation_state_dict` was called."""
+        own = state["epmq"]
+        super().load_continuation_state_dict(
+            state | {key: json.loads(state[key]) for key in _TEXTS}
+        )
+        self.reports = [ModuleReport.from_dict(one) for one in json.loads(own["reports"])]
+        self.shared_groups, self.shared_layers = own["shared"]
+        self._shared_input_capture_generation = own["generation"]
+        if self.recording is not None:
+            self.recording.recorder.resume(json.loads(own["recorded"]))
+        if self.trajectories is not None:
+            self.trajectories.resume(own["trajectories"])
 
 
 def _rows(X: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

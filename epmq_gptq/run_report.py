@@ -89,6 +89,12 @@ class ModuleReport:
     bias_shift: float | None = None
     experts: dict[str, ExpertError] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModuleReport:
+        """The inverse of ``dataclasses.asdict``."""
+        experts = {name: ExpertError(**one) for name, one in values["experts"].items()}
+        return cls(**values | {"experts": experts})
+
 
 @dataclass
 class QuantizationReport:
@@ -99,7 +105,8 @@ class QuantizationReport:
         rows, tokens: calibration rows (of joined ones: blocks) and tokens per expert.
         calibration: expert → what became of its rows: asked for, available, used, cut, dropped; the
             fields of :class:`~epmq_gptq.tokens.RowCounts`.
-        seconds: wall time of `quantize`, preflight included.
+        seconds: wall time of `quantize`, preflight included; of all attempts.
+        attempts: how many it took: 1, and one more each time that it went on from a checkpoint.
         shared_groups: inputs whose one Gram and one factor served several layers.
         shared_layers: layers that used another layer's Gram.
         phases: phase → seconds, see :data:`~epmq_gptq.phases.PHASES`; work of several threads at
@@ -118,6 +125,7 @@ class QuantizationReport:
     tokens: dict[str, int] = field(default_factory=dict)
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
+    attempts: int = 1
     shared_groups: int = 0
     shared_layers: int = 0
     phases: dict[str, float] = field(default_factory=dict)

@@ -74,6 +74,7 @@ class ExpertTrajectories:
         self._walk = LayerWalk(plan.batches, torch.device(device))
         self._next = {stack.path: 0 for stack in self._skeleton.stacks}
         self._layer: str | None = None
+        self._embeds = False  # whether some expert's embeddings were put into the network
         self._inputs: list[dict[str, Tensor]] = []  # batch → linear layer → z: (B, S, d)
         self._streams: list[dict[str, Tensor]] = []  # batch → tap → r_i: (B, S, d)
         self.taps: dict[str, str] = {}
@@ -115,6 +116,22 @@ class ExpertTrajectories:
         """``r_i: (B, S, d)``, the residual stream before ``linear`` writes to it, if it does."""
         tap = self.taps.get(linear)
         return None if tap is None else self._streams[batch].get(tap)
+
+    def continuation_state(self) -> dict[str, Any]:
+        """Where the experts' passes are, between two layers of the merge."""
+        left = {
+            name: error.to_dict() | {"module": error.module, "expert": error.expert}
+            for name, error in self.left.items()
+        }
+        return {"next": dict(self._next), "left": left, "walk": self._walk.state()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`continuation_state`."""
+        self._clear()
+        self._layer = self._taps_of = None
+        self._next = dict(state["next"])
+        self.left = {name: EPMQNumericalError(**parts) for name, parts in state["left"].items()}
+        self._walk.resume(state["walk"])
 
     def close(self) -> None:
         """Forget everything that was kept; no layer can be entered after it."""
@@ -281,7 +298,9 @@ class ExpertTrajectories:
         return [module for module in modules if module not in known]
 
     def _fill(self, expert: str, stack: LayerStack, index: int, own: Collection[str]) -> None:
-        outer = self._skeleton.outer(embeddings=index == 0)
+        # A later layer does not depend on them, but the forward before it runs over them.
+        outer = self._skeleton.outer(embeddings=index == 0 or not self._embeds)
+        self._embeds = True
         for parameter in [*outer, *own]:
             self._skeleton.put(parameter, self._read(expert, parameter))
         self._experts.release(expert)

@@ -50,32 +50,37 @@ SHAPE = dict(
 ROUTED = dict(num_experts_per_tok=2, tie_word_embeddings=False)
 
 
-def opt():
+def _shape(layers):
+    return SHAPE | {"num_hidden_layers": layers}
+
+
+def opt(layers=1):
     """No shared inputs are declared for it, and its linear layers have biases."""
     shape = dict(hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_attention_heads=4)
     return OPTForCausalLM(
-        OPTConfig(**tiny.TOKENS, **shape, num_hidden_layers=1, max_position_embeddings=64)
+        OPTConfig(**tiny.TOKENS, **shape, num_hidden_layers=layers, max_position_embeddings=64)
     )
 
 
-def gpt2():
+def gpt2(layers=1):
     """Its linear layers are stored transposed."""
-    shape = dict(n_embd=64, n_layer=1, n_head=4, n_positions=64, n_inner=96)
+    shape = dict(n_embd=64, n_layer=layers, n_head=4, n_positions=64, n_inner=96)
     return GPT2LMHeadModel(GPT2Config(**tiny.TOKENS, **shape))
 
 
-def mixtral():
-    config = MixtralConfig(**SHAPE, **ROUTED, num_local_experts=4)
+def mixtral(layers=1):
+    config = MixtralConfig(**_shape(layers), **ROUTED, num_local_experts=4)
     return MixtralForCausalLM(config)
 
 
-def qwen3_moe():
-    config = Qwen3MoeConfig(**SHAPE, **ROUTED, head_dim=16, num_experts=4, moe_intermediate_size=32)
+def qwen3_moe(layers=1):
+    routed = ROUTED | dict(head_dim=16, num_experts=4, moe_intermediate_size=32)
+    config = Qwen3MoeConfig(**_shape(layers), **routed)
     return Qwen3MoeForCausalLM(config)
 
 
 def plain(model, config, **options):
-    return lambda: model(config(**SHAPE, **options))
+    return lambda layers=1: model(config(**_shape(layers), **options))
 
 
 FAMILIES = {

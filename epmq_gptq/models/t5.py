@@ -265,6 +265,16 @@ class T5QModel(BaseQModel):
         table = self._position_tables[layer.is_decoder].to(hidden.device)
         return embedding(buckets, table).permute(2, 0, 1)[None]
 
+    # ---- going on after a kill -------------------------------------------------------------------
+
+    def continuation_state_dict(self) -> dict[str, Any]:
+        """What later blocks need of those before them, beside the hidden states."""
+        return {"position_tables": dict(self._position_tables)}
+
+    def load_continuation_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`continuation_state_dict` was called."""
+        self._position_tables = dict(state["position_tables"])
+
     # ---- what counts as calibration --------------------------------------------------------------
 
     def token_mask(self, name: str) -> torch.Tensor | None:

@@ -110,9 +110,21 @@ class Recorder:
             about: what it says beside the groups, as plain data without anything private.
         """
         index = {"kind": KIND, "schema": SCHEMA, **about}
-        index["groups"] = [asdict(group) for group in self.groups]
+        index["groups"] = self.state()
         text = json.dumps(index, indent=1) + "\n"
         (self.path / INDEX_NAME).write_text(text, encoding="utf-8")
+
+    def files(self) -> list[Path]:
+        """The files of sums so far."""
+        return [self.path / group.file for group in self.groups if group.file]
+
+    def state(self) -> list[dict[str, Any]]:
+        """What is known of the groups so far, as plain data."""
+        return [asdict(group) for group in self.groups]
+
+    def resume(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from :meth:`state`; the files are put into the folder by the caller."""
+        self.groups = [_group(entry) for entry in state]
 
     def copy_to(self, folder: Path) -> None:
         """Put the bundle into a new folder, for a checkpoint that is being saved."""
