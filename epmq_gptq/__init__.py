@@ -13,7 +13,7 @@ The commands of ``epmq-gptq`` are functions of the same names here, see ``epmq_g
 
 from typing import TYPE_CHECKING
 
-from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
+from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError, EPMQStopped
 from .on_import import when_host_is_imported
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = [
     "EPMQHostError",
     "EPMQInputError",
     "EPMQNumericalError",
+    "EPMQStopped",
     "ModuleReport",
     "QuantizationReport",
     "RowSource",

@@ -443,10 +443,15 @@ class Checkpoint:
             stop: gives up, with an exception, once it is set.
         """
         total = hashlib.sha256()
-        for file in sorted({info.file for info in self._tensors.values()}):
-            shard = file_digest((self.path / file).resolve(), stop)
-            total.update(f"{file}:{shard};".encode())
+        for name, file in self.files.items():
+            total.update(f"{name}:{file_digest(file, stop)};".encode())
         return total.hexdigest()
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Shards by name, in order, and where they are, links followed."""
+        names = sorted({info.file for info in self._tensors.values()})
+        return {name: (self.path / name).resolve() for name in names}
 
     def close(self) -> None:
         """Release the memory-mapped shards; a later read maps them again."""

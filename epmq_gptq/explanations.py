@@ -361,6 +361,35 @@ _ENTRIES: dict[str, Explanation] = {
         "AutoModel: AutoModelForCausalLM. [...] Its documentation lists the architectures and "
         "options that it supports. [EPMQ-F38]",
     ),
+    "EPMQ-F40": Explanation(
+        means="What was done is committed. The command left with exit code 75.",
+        cause="Ctrl-C or SIGTERM came to a run with `--resume`.",
+        remedy="Give the same command again; it goes on at the next layer.",
+        example="error: the run was stopped after 12 of 32 layers, which are committed in "
+        "`unfinished`. Start it again with the same checkpoint folder to go on. [EPMQ-F40]",
+    ),
+    "EPMQ-F41": Explanation(
+        means="A run goes on only as it began: options, rows, the weights of every model and the "
+        "versions are compared, the weights by their content.",
+        cause="An option was changed, an expert was trained further, a package was upgraded.",
+        remedy="Set back what is named, or give a new folder and begin anew.",
+        example="error: the checkpoint in `unfinished` is of another run: `bits` was 4, is 3; "
+        "expert `math` changed. Set that back to go on, or give a new folder to begin anew. "
+        "[EPMQ-F41]",
+    ),
+    "EPMQ-F42": Explanation(
+        cause="Files of the folder were removed or changed by something else, or `resume` forbids "
+        "or wants a checkpoint where there is one, or none.",
+        remedy="Begin anew in a new folder.",
+        example="error: the checkpoint `unfinished` cannot be gone on with: resume='required' but "
+        "no checkpoint is published. Give a new folder to begin anew. [EPMQ-F42]",
+    ),
+    "EPMQ-F43": Explanation(
+        cause="The same command runs twice.",
+        remedy="Wait for the other one, or give this run a folder of its own.",
+        example="error: another process is writing to the checkpoint `unfinished`. Wait for it, or "
+        "give this run a folder of its own. [EPMQ-F43]",
+    ),
     "EPMQ-F44": Explanation(
         means="Looked at before the run, and again while the checkpoint is written; what was "
         "begun is removed.",

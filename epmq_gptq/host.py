@@ -372,7 +372,7 @@ def quantize_with_experts(
             dtype_bytes=dtype.itemsize,
         )
         if extension is not None:
-            with remembered(extension.store.root):
+            with remembered(extension.store.root, [merged, *experts.checkpoints]):
                 identity = run_identity(config, merged, experts, plan, dtype, device)
             extension.check(identity)
             extension.adapter = EPMQCheckpointAdapter(

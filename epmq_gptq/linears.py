@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -9,6 +10,11 @@ from typing import TypeVar
 import torch
 
 Whole = TypeVar("Whole", torch.Tensor, tuple)
+
+
+def name_in_layer(module: str) -> str:
+    """The name of a module within its layer, which is how the host calls it."""
+    return re.split(r"\.\d+\.", module, maxsplit=1)[-1]
 
 
 @dataclass(frozen=True)

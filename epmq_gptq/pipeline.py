@@ -7,7 +7,6 @@ first, the merge next, the model last.
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +41,8 @@ class RunOptions:
         device: "cpu", "cuda", "cuda:1"; None for a GPU where there is one.
         batch_size: instead of the recipe's.
         exact_phases: wait for the GPU at both ends of a phase.
+        resume: folder in which the run keeps what it needs to go on after a kill, and goes on from
+            what is there.
     """
 
     out: Path
@@ -49,6 +50,7 @@ class RunOptions:
     device: str | None = None
     batch_size: int | None = None
     exact_phases: bool = False
+    resume: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
     Raises:
         EPMQInputError: an option, folder or row cannot be used as asked.
         EPMQNumericalError: numbers that cannot be trusted, see ``EPMQConfig.on_bad_module``.
+        EPMQStopped: it was asked to stop, and can go on from ``options.resume``.
     """
     out = resolve_path(str(options.out), Path()).absolute()
     check_free(out, overwrite=options.overwrite)
@@ -86,7 +89,8 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
         device = choose_device(options.device)
         check_method(recipe)
         recipe = pinned(recipe, reporter)
-        check_places(recipe, out, options.overwrite)
+        resume = None if options.resume is None else options.resume.absolute()
+        check_places(recipe, out, options.overwrite, resume)
         for source in recipe.row_sources:
             if source.dataset is not None:
                 reporter.step("fetch", f"dataset {source.label}")
@@ -110,7 +114,8 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
             from .phases import exact_phases
 
             with exact_phases() if options.exact_phases else contextlib.nullcontext():
-                report = _quantize(model, rows, options.batch_size or recipe.batch_size, reporter)
+                batch_size = options.batch_size or recipe.batch_size
+                report = _quantize(model, rows, batch_size, reporter, resume)
             if lineage:
                 # What the merged folder says of itself comes first.
                 report.provenance.setdefault("merge", lineage)
@@ -333,13 +338,21 @@ def _encoded(model, sets: Mapping[str, list[RowSet]]) -> EncodedCalibration:
 
 
 def _quantize(
-    model, rows: EncodedCalibration, batch_size: int, reporter: Reporter
+    model,
+    rows: EncodedCalibration,
+    batch_size: int,
+    reporter: Reporter,
+    resume: Path | None,
 ) -> QuantizationReport:
+    from gptqmodel import CheckpointConfig
+
+    from .linears import name_in_layer
     from .model_linears import quantizable_linears
 
+    checkpoint = None if resume is None else CheckpointConfig(resume)
     linears = list(quantizable_linears(model))
     work = work_of_kinds(linears)
-    total = sum(work[kind_of(each.name)] for each in linears)
+    total = sum(work[name_in_layer(each.name)] for each in linears)
     with StepProgress(reporter, "quantize", len(linears), "modules", total) as progress:
 
         def subset_event(*, stage: str, layer_idx: int, module_names: list[str], **_) -> None:
@@ -350,15 +363,10 @@ def _quantize(
         # The host calls this whenever a group of modules of a layer has been rounded.
         model.subset_callback = subset_event
         try:
-            result = model.quantize(rows, batch_size=batch_size)
+            result = model.quantize(rows, batch_size=batch_size, checkpoint=checkpoint)
         finally:
             model.subset_callback = None
     return result["epmq"]
-
-
-def kind_of(module: str) -> str:
-    """The name of a module within its layer, which is how the host calls it."""
-    return re.split(r"\.\d+\.", module, maxsplit=1)[-1]
 
 
 def work_of_kinds(linears: Sequence[Linear]) -> dict[str, float]:
@@ -367,8 +375,10 @@ def work_of_kinds(linears: Sequence[Linear]) -> dict[str, float]:
     Gram, target and rounding all cost about inputs · (inputs + outputs): per token the first two,
     per column the last.
     """
+    from .linears import name_in_layer
+
     costs: dict[str, list[int]] = {}
     for each in linears:
         cost = each.inputs * (each.inputs + each.outputs)
-        costs.setdefault(kind_of(each.name), []).append(cost)
+        costs.setdefault(name_in_layer(each.name), []).append(cost)
     return {kind: sum(each) / len(each) for kind, each in costs.items()}

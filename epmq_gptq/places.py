@@ -68,8 +68,11 @@ def pinned(recipe: Recipe, reporter: Reporter) -> Recipe:
     return result
 
 
-def check_places(recipe: Recipe, out: Path, overwrite: bool) -> None:
+def check_places(recipe: Recipe, out: Path, overwrite: bool, resume: Path | None = None) -> None:
     """Refuse models that cannot be read, and an output that would destroy one or has no room.
+
+    Args:
+        resume: folder of the run's checkpoint, if it keeps one.
 
     Raises:
         EPMQInputError: naming the model or the place.
@@ -81,6 +84,10 @@ def check_places(recipe: Recipe, out: Path, overwrite: bool) -> None:
     if recipe.merge is not None and recipe.merge.keep is not None:
         _check_keep(recipe.place(recipe.merge.keep), out, folders)
     check_space(target, needed)
+    if resume is not None:
+        from .resume.session import check_root
+
+        check_root(resume, folders | {"output": target}, option="--resume")
 
 
 def _open_models(recipe: Recipe) -> tuple[dict[str, Path], int]:

@@ -68,3 +68,15 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert one.keys() == other.keys()
     differing = [name for name in one if not torch.equal(one[name], other[name])]
     assert differing == []
+
+
+def goes_on(run: Run, *places: str) -> list:
+    """Break it off at each place, go on, and compare. Returns the two models."""
+    whole = run.attempt(resume=None)
+    for place in places:
+        with broken_at(place), pytest.raises(Broken):
+            run.attempt()
+    resumed = run.attempt(resume="required")
+    assert resumed.epmq_report.attempts == len(places) + 1
+    assert_same(run.saved(resumed, "resumed"), run.saved(whole, "whole"))
+    return [whole, resumed]

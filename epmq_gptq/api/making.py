@@ -70,6 +70,7 @@ def quantize(
     batch_size: int | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    resume: str | Path | None = None,
     progress: bool = False,
 ) -> QuantizeResult:
     """Quantize a merged model towards its experts; ``epmq-gptq quantize``.
@@ -87,11 +88,14 @@ def quantize(
         batch_size: rows per forward pass, instead of the recipe's.
         device: "cpu" or "cuda"; None for a GPU where there is one.
         overwrite: replace what is in ``out``.
+        resume: folder in which the run keeps what it needs to go on after a kill, and goes on from
+            what is there.
         progress: say what is going on.
 
     Raises:
         EPMQInputError: something cannot be used as asked; nothing was computed.
         EPMQNumericalError: numbers that cannot be trusted; nothing was written.
+        EPMQStopped: it was asked to stop (SIGINT, SIGTERM), and can go on from ``resume``.
     """
     with session(progress) as reporter:
         from ..pipeline import RunOptions, quantize_recipe
@@ -99,7 +103,8 @@ def quantize(
         out = path_of(out)
         given = _given(experts, base, settings, dtype, seed)
         recipe = _recipe(target, given, calibration, reporter)
-        options = RunOptions(out, overwrite, device, batch_size)
+        resume = None if resume is None else path_of(resume)
+        options = RunOptions(out, overwrite, device, batch_size, resume=resume)
         return QuantizeResult(out, recipe, quantize_recipe(recipe, options, reporter))
 
 

@@ -40,6 +40,10 @@ from .completion import dtypes, settings
         "    --calibration '{file: mix.parquet, expert_column: task}'",
     ),
     (
+        "a long run: after a kill, the same command goes on where it was",
+        "epmq-gptq quantize recipe.yaml --out merged-4bit --resume unfinished",
+    ),
+    (
         "write down what is known, to fill in the rest by hand",
         "epmq-gptq quantize ./merged --write-recipe recipe.yaml",
     ),
@@ -88,6 +92,14 @@ def quantize(
     device: Device = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Rows per forward pass, instead of the recipe's.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep in this folder what it takes to go on after a kill, and go on from what an "
+            "earlier attempt left there. Ctrl-C then stops at the end of a layer.",
+        ),
     ] = None,
     profile: Annotated[
         Path | None,
@@ -138,10 +150,13 @@ def quantize(
         from ..summary import print_summary
 
         read = read_target(target, given, reporter)
-        options = RunOptions(out, overwrite, device, batch_size, profile is not None)
+        resume = None if resume is None else place(resume)
+        options = RunOptions(out, overwrite, device, batch_size, profile is not None, resume)
         result = quantize_recipe(read, options, reporter)
         print_summary(reporter.out, result.report, result.rows, full=full)
         print_checkpoint(reporter, out)
+        if resume is not None:
+            reporter.note(f"{resume} is no longer needed: the checkpoint stands.")
         if profile is not None:
             profile.write_text(json.dumps(result.report.profile(), indent=2) + "\n", "utf-8")
             reporter.step("profile", str(profile))

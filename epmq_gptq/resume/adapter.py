@@ -13,6 +13,7 @@ from gptqmodel.looper.checkpoint_devices import checkpoint_device_topology
 from gptqmodel.looper.gptq_checkpoint import QuantizationCheckpointAdapter
 
 from ..errors import EPMQHostError
+from ..linears import name_in_layer
 
 # Files of recorded statistics go beside the host's packed modules, whose names have no slash.
 _STATISTICS = "statistics/"
@@ -32,6 +33,7 @@ class EPMQCheckpointAdapter(QuantizationCheckpointAdapter):
     Attributes:
         before: what earlier attempts have spent; ``{}`` where this is the first.
         attempts: how many there were, this one included.
+        layer: that has just ended.
     """
 
     def __init__(self, identity: Mapping[str, Any], spent: Callable[[], dict[str, Any]]):
@@ -39,6 +41,7 @@ class EPMQCheckpointAdapter(QuantizationCheckpointAdapter):
         self._spent = spent
         self.before: dict[str, Any] = {}
         self.attempts = 1
+        self.layer = -1
         self._recorded: dict[str, Path] = {}  # files of statistics that are in the store
 
     def bind(self, context) -> dict[str, Any]:
@@ -74,6 +77,7 @@ class EPMQCheckpointAdapter(QuantizationCheckpointAdapter):
         state["definition"] = _definition_state(self.model)
         state["spent"] = total_spent(self.before, self._spent())
         state["attempts"] = self.attempts
+        state["layer"] = self.layer
         recording = self.processor.recording
         if recording is not None:
             for file in recording.recorder.files():
@@ -98,6 +102,14 @@ class EPMQCheckpointAdapter(QuantizationCheckpointAdapter):
         for name, file in self._recorded.items():
             shutil.copyfile(file, self.processor.recording.recorder.path / name)
         self.before, self.attempts = state["spent"], state["attempts"] + 1
+        told = getattr(self.model, "subset_callback", None)
+        if told is not None and state["specs"]:
+            # Whoever shows how far a run is hears of what was done before.
+            told(
+                stage="quant_complete",
+                layer_idx=state["layer"],
+                module_names=[name_in_layer(name) for name in state["specs"]],
+            )
 
 
 def _definition_state(model: Any) -> Any:

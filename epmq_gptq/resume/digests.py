@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .. import checkpoints
+from ..checkpoints import Checkpoint, known_digests
 
 NAME = "digests.json"
 
 
 @contextlib.contextmanager
-def remembered(folder: Path) -> Iterator[None]:
+def remembered(folder: Path, models: Iterable[Checkpoint]) -> Iterator[None]:
     """Within: files that an earlier attempt hashed, and that were not changed, are not read again.
 
     A file is the same by its place, size, time of change and inode. A list that cannot be read or
     written costs time only.
+
+    Args:
+        folder: of the checkpoint.
+        models: whose digests will be asked for.
     """
-    known = checkpoints.known_digests
     with contextlib.suppress(OSError, ValueError, TypeError):
         for path, size, changed, inode, digest in json.loads((folder / NAME).read_text("utf-8")):
-            known.setdefault((Path(path), int(size), int(changed), int(inode)), str(digest))
+            key = Path(path), int(size), int(changed), int(inode)
+            known_digests.setdefault(key, str(digest))
     yield
-    entries = [[str(path), *state, digest] for (path, *state), digest in known.items()]
+    files = {file for model in models for file in model.files.values()}
+    entries = [
+        [str(path), *state, digest]
+        for (path, *state), digest in known_digests.items()
+        if path in files
+    ]
     with contextlib.suppress(OSError, ValueError):
         partial = folder / f".{NAME}"
         partial.write_text(json.dumps(entries), encoding="utf-8")

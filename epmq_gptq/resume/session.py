@@ -170,12 +170,16 @@ class Resumable(CheckpointExtension):
         return self.store.root.name
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Refuse, before anything is computed, to go on with another run.
+        """Refuse, before anything is computed, to go on with another run, or as it must not.
 
         Raises:
             EPMQInputError: naming what has changed.
         """
-        for reference in self.store._current():
+        references = self.store._current()
+        if not references or self.store.config.resume == "never":
+            self.store.load(dict(identity))  # says what `resume` does not allow
+            return
+        for reference in references:
             try:
                 manifest = json.loads(self.store.get(reference))
                 refuse_another_run(manifest["identity"]["epmq"], identity, self.name)
@@ -196,6 +200,7 @@ class Resumable(CheckpointExtension):
         # Before the clock: what is waited for here would have to be done anyway.
         boundary.quiesce()
         start = time.perf_counter()
+        self.adapter.layer = boundary.step.index
         try:
             super().on_boundary(boundary)
         except OSError as error:
