@@ -7,6 +7,10 @@ READY := $(VENV)/.ready
 # Two OpenMP threads make GPTQ's column loop up to 10x slower on a busy machine.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
+# A process per core, four at most: each holds torch and a model. A file stays in one process, for the
+# models that its tests share.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: help venv demo test lint format docs test-serving test-browser test-faults bench-speed bench-quality bench-ablation clean
 
 help:
@@ -33,7 +37,7 @@ demo: venv
 	$(BIN)/epmq-gptq demo --out out/demo-4bit --overwrite $(ARGS)
 
 test: venv
-	$(TEST_ENV) $(BIN)/python -m pytest -q $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -53,7 +57,7 @@ test-serving: venv
 	$(TEST_ENV) EPMQ_SERVING=1 $(BIN)/python -m pytest -q tests/serving $(ARGS)
 
 test-faults: venv
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests/faults $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/faults $(PARALLEL) $(ARGS)
 
 test-browser: venv
 	tests/browser/setup.sh

@@ -41,8 +41,10 @@ from .linears import Linear
 from .model_linears import check_architecture, check_head, quantizable_linears
 from .models import register
 from .options import exists
+from .output import check_space
 from .phases import PHASES, Phases, peak_memory
 from .preflight import Preflight
+from .preflight.estimates import committed
 from .preflight.runs import run_preflight
 from .preparing import planned, recording_of, settle_alpha, trajectories_of
 from .processor import EPMQProcessor
@@ -351,12 +353,12 @@ def quantize_with_experts(
         experts = Experts(config.experts, base=config.base, require_pinned=config.require_pinned)
         stack.callback(experts.close)
         model.epmq_sources = {"merged model": merged.path} | experts.folders
-        extension = None
-        if checkpoint is not None:
-            extension = stack.enter_context(_resumable(model, checkpoint))
-        linears = list(quantizable_linears(model))
         device = getattr(config.device, "value", None) or str(config.device or "cpu")
         phases = Phases(device)
+        extension = None
+        if checkpoint is not None:
+            extension = stack.enter_context(_resumable(model, checkpoint, phases))
+        linears = list(quantizable_linears(model))
         settle_alpha(config, merged)
         plan = planned(
             model, experts, calibration, calibration_sort, batch_size, calibration_concat_size
@@ -372,6 +374,12 @@ def quantize_with_experts(
             dtype_bytes=dtype.itemsize,
         )
         if extension is not None:
+            root = extension.store.root
+            needed = committed(
+                checked.estimates["disk"], checked.estimates["memory"], config.runs_experts
+            )
+            held = sum(file.stat().st_size for file in (root / "objects").iterdir())
+            check_space(root / "objects", max(0, needed - held), option="checkpoint")
             with remembered(extension.store.root, [merged, *experts.checkpoints]):
                 identity = run_identity(config, merged, experts, plan, dtype, device)
             extension.check(identity)
@@ -416,11 +424,13 @@ def quantize_with_experts(
     return {**log, "epmq": report}
 
 
-def _resumable(model: BaseQModel, checkpoint) -> contextlib.AbstractContextManager[Resumable]:
+def _resumable(
+    model: BaseQModel, checkpoint, phases: Phases
+) -> contextlib.AbstractContextManager[Resumable]:
     config = model.quantize_config
     checkpoint = check_checkpoint(checkpoint, config, model.model.config.model_type)
     check_root(Path(checkpoint.path), model.epmq_sources)
-    return resumable(checkpoint, config)
+    return resumable(checkpoint, config, phases)
 
 
 def _spent(model: BaseQModel, phases: Phases, start: float) -> dict[str, Any]:

@@ -28,6 +28,7 @@ PHASES = (
     "solve",
     "round",
     "pack",
+    "commit",
     "waiting",
 )
 # What the host's own timer calls that of it which is not timed here.

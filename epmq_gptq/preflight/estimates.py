@@ -91,6 +91,22 @@ def recorded(linears: Iterable[Linear], parts: int) -> int:
     return parts * sum(packed_bytes(key[-1], outputs) for key, outputs in inputs.items())
 
 
+def committed(disk: Mapping[str, int], memory: Mapping[str, int], runs_experts: bool) -> int:
+    """Bytes that a run needs to be able to go on after a kill.
+
+    The packed layers, once in the store and once where the host has moved them; what passes from
+    layer to layer, of the experts' own passes as well, in the two generations that are kept and
+    the one that is being written; the statistics so far.
+
+    Args:
+        disk: of :func:`disk`, with ``statistics`` where they are kept.
+        memory: of :func:`memory`.
+        runs_experts: whether the experts' own passes are kept as well.
+    """
+    passing = memory["activations"] // 2 * (2 if runs_experts else 1)
+    return 2 * (disk["codes"] + disk["scales"]) + 3 * passing + disk.get("statistics", 0)
+
+
 def groups(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
     """Layers whose statistics are held at the same time → the layers.
 

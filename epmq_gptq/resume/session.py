@@ -25,6 +25,7 @@ from gptqmodel.looper.extension import LoopBoundary
 from ..config import EPMQConfig
 from ..errors import EPMQError, EPMQInputError, EPMQStopped, EPMQWarning
 from ..output import check_output, ran_full
+from ..phases import Phases
 from .attempts import Attempt, clear_dead
 from .identity import another_run, refuse_another_run
 
@@ -155,14 +156,20 @@ class Resumable(CheckpointExtension):
 
     Args:
         config: with the folder as its path.
+        phases: where the time is counted.
+
+    Attributes:
+        cost: seconds of all commits.
+        commits: how many there were.
     """
 
-    def __init__(self, config: CheckpointConfig):
+    def __init__(self, config: CheckpointConfig, phases: Phases | None = None):
         super().__init__(config, None)
+        self.phases = phases or Phases()
         self.store = Store(config, identity_projection=self.store._identity_projection)
         self._start = time.perf_counter()
-        self.cost = 0.0  # seconds of all commits
-        self._last = 0.0  # of the last one
+        self.cost = self._last = 0.0
+        self.commits = 0
 
     @property
     def name(self) -> str:
@@ -202,7 +209,8 @@ class Resumable(CheckpointExtension):
         start = time.perf_counter()
         self.adapter.layer = boundary.step.index
         try:
-            super().on_boundary(boundary)
+            with self.phases.measure("commit"):
+                super().on_boundary(boundary)
         except OSError as error:
             if not ran_full(error):
                 raise
@@ -217,6 +225,7 @@ class Resumable(CheckpointExtension):
         finally:
             self._last = time.perf_counter() - start
             self.cost += self._last
+            self.commits += 1
 
     def _is_due(self, done: int) -> bool:
         if self._stop_requested or done == len(self.plan.steps):
@@ -228,7 +237,9 @@ class Resumable(CheckpointExtension):
 
 
 @contextlib.contextmanager
-def resumable(checkpoint: CheckpointConfig, config: EPMQConfig) -> Iterator[Resumable]:
+def resumable(
+    checkpoint: CheckpointConfig, config: EPMQConfig, phases: Phases | None = None
+) -> Iterator[Resumable]:
     """Within: a run that commits and is its folder's only writer.
 
     What the host moves out of memory goes into an attempt's folder, which after a run that came to
@@ -237,12 +248,13 @@ def resumable(checkpoint: CheckpointConfig, config: EPMQConfig) -> Iterator[Resu
     Args:
         checkpoint: from :func:`check_checkpoint`.
         config: of the model.
+        phases: where the time is counted.
 
     Raises:
         EPMQInputError: another process writes there, or what is there cannot be gone on with.
         EPMQStopped: it was asked to stop, and has committed what is done.
     """
-    extension = Resumable(checkpoint)
+    extension = Resumable(checkpoint, phases)
     with _in_words(extension), extension:
         clear_dead(extension.store.root)
         attempt = Attempt(extension.store.root)
