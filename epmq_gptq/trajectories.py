@@ -120,7 +120,7 @@ class ExpertTrajectories:
     def continuation_state(self) -> dict[str, Any]:
         """Where the experts' passes are, between two layers of the merge."""
         left = {
-            name: error.to_dict() | {"module": error.module, "expert": error.expert}
+            name: [error.cause, error.code, error.subject, error.remedy, error.module]
             for name, error in self.left.items()
         }
         return {"next": dict(self._next), "left": left, "walk": self._walk.state()}
@@ -130,7 +130,12 @@ class ExpertTrajectories:
         self._clear()
         self._layer = self._taps_of = None
         self._next = dict(state["next"])
-        self.left = {name: EPMQNumericalError(**parts) for name, parts in state["left"].items()}
+        self.left = {
+            name: EPMQNumericalError(
+                cause, code=code, subject=subject, remedy=remedy, module=module, expert=name
+            )
+            for name, (cause, code, subject, remedy, module) in state["left"].items()
+        }
         self._walk.resume(state["walk"])
 
     def close(self) -> None:

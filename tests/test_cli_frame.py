@@ -12,7 +12,15 @@ import tiny
 from typer.testing import CliRunner
 
 import epmq_gptq
-from epmq_gptq import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError, cli, pipeline
+from epmq_gptq import (
+    EPMQError,
+    EPMQHostError,
+    EPMQInputError,
+    EPMQNumericalError,
+    EPMQStopped,
+    cli,
+    pipeline,
+)
 from epmq_gptq.commands.common import examples_of
 from epmq_gptq.exit_codes import ExitCode
 
@@ -99,6 +107,7 @@ def test_exit_codes_are_in_the_help_and_are_those_of_errors():
         EPMQInputError("no.", **PARTS): 2,
         EPMQNumericalError("no.", **PARTS): 3,
         EPMQHostError("no.", **PARTS): 1,
+        EPMQStopped("no.", **PARTS): 75,
         EPMQError("no.", **PARTS): 1,
         KeyboardInterrupt(): 130,
         BrokenPipeError(): 141,

@@ -60,6 +60,7 @@ FOREIGN = (
     "[...]",
     "No such file or directory",
     "Connection refused",
+    "resume='required' but no checkpoint is published",
 )
 
 

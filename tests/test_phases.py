@@ -93,7 +93,7 @@ def test_a_run_reports_phases_that_fill_its_time(tmp_path):
     model = tiny.load(merged, EPMQConfig(group_size=32, experts=experts))
     rows = {name: tiny.rows(4, 16, seed=i) for i, name in enumerate(experts)}
     report = model.quantize(rows, batch_size=2)["epmq"]
-    assert list(report.phases) == list(PHASES)
+    assert list(report.phases) == [name for name in PHASES if name != "commit"]
     assert all(seconds >= 0 for seconds in report.phases.values())
     assert min(report.phases[name] for name in ("forward", "gram", "fold", "solve", "round")) > 0
     # More than the wall time only where threads ran at once; what no phase names is waiting.

@@ -27,7 +27,10 @@ from .completion import dtypes, settings
 
 
 @examples(
-    ("everything in one file", "epmq-gptq quantize recipe.yaml --out merged-4bit"),
+    (
+        "everything in one file; after a kill the same command goes on where it was",
+        "epmq-gptq quantize recipe.yaml --out merged-4bit --resume unfinished",
+    ),
     (
         "a merged model that says itself what it was made of",
         "epmq-gptq quantize org/merged-7b --out merged-4bit \\\n"
@@ -38,10 +41,6 @@ from .completion import dtypes, settings
         "epmq-gptq quantize ./merged --out merged-3bit \\\n"
         "    --set bits=3 --set profile=paper \\\n"
         "    --calibration '{file: mix.parquet, expert_column: task}'",
-    ),
-    (
-        "a long run: after a kill, the same command goes on where it was",
-        "epmq-gptq quantize recipe.yaml --out merged-4bit --resume unfinished",
     ),
     (
         "write down what is known, to fill in the rest by hand",
