@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 
 from .errors import EPMQError, EPMQWarning
-from .exit_codes import ExitCode
+from .exit_codes import ExitCode, Terminated
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -114,25 +114,25 @@ class Reporter:
         self.result = _console(people, quiet=piped)
         self.err = _console(sys.stderr)
         self.host = HostOutput()
-        self._interrupted = threading.Event()
+        self._interrupted: KeyboardInterrupt | None = None
 
     def step(self, name: str, text: str) -> None:
         """One line about a finished or beginning step.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C was pressed before, and somebody swallowed it.
+            KeyboardInterrupt: Ctrl-C or SIGTERM came before, and somebody swallowed it.
         """
         self.check_interrupt()
         self.out.print(f"{name:<12}{text}", markup=False, highlight=False, soft_wrap=True)
 
     def check_interrupt(self) -> None:
-        """Raise KeyboardInterrupt if Ctrl-C was pressed.
+        """Raise KeyboardInterrupt if Ctrl-C or SIGTERM came.
 
         Some of the libraries that are imported catch every exception, that one too: one Ctrl-C
         during the import of transformers was seen to be lost.
         """
-        if self._interrupted.is_set():
-            raise KeyboardInterrupt
+        if self._interrupted is not None:
+            raise self._interrupted
 
     @contextlib.contextmanager
     def _remembered_interrupts(self) -> Iterator[None]:
@@ -140,15 +140,19 @@ class Reporter:
             yield
             return
 
-        def remember(*_) -> None:
-            self._interrupted.set()
-            raise KeyboardInterrupt
+        def remember(number: int, frame: object) -> None:
+            # SIGTERM by itself would leave temporary folders behind.
+            kind = KeyboardInterrupt if number == signal.SIGINT else Terminated
+            self._interrupted = kind()
+            raise self._interrupted
 
-        before = signal.signal(signal.SIGINT, remember)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, remember) for number in numbers}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def error(self, message: str, code: str = "") -> None:
         """One line on stderr, whatever the message holds; ends with the code, if there is one."""
@@ -229,7 +233,8 @@ class Reporter:
                 self._traceback()
             self.error(str(error), error.code)
         elif isinstance(error, KeyboardInterrupt):
-            self.error(f"interrupted; {interrupted}")
+            how = "ended by SIGTERM" if isinstance(error, Terminated) else "interrupted"
+            self.error(f"{how}; {interrupted}")
         else:
             self._unexpected(error)
 

@@ -7,6 +7,10 @@ from enum import IntEnum
 from .errors import EPMQInputError, EPMQNumericalError, EPMQStopped
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, which for a command is an interrupt."""
+
+
 class ExitCode(IntEnum):
     """The exit codes of every command; scripts may rely on them."""
 
@@ -17,6 +21,7 @@ class ExitCode(IntEnum):
     STOPPED = 75
     INTERRUPTED = 130
     BROKEN_PIPE = 141
+    TERMINATED = 143
 
     @property
     def meaning(self) -> str:
@@ -32,6 +37,8 @@ class ExitCode(IntEnum):
             return cls.NUMERICAL
         if isinstance(error, EPMQStopped):
             return cls.STOPPED
+        if isinstance(error, Terminated):
+            return cls.TERMINATED
         if isinstance(error, KeyboardInterrupt):
             return cls.INTERRUPTED
         if isinstance(error, BrokenPipeError):
@@ -47,4 +54,5 @@ _MEANINGS = {
     ExitCode.STOPPED: "stopped (Ctrl-C, SIGTERM) where it can go on: the same command continues it",
     ExitCode.INTERRUPTED: "interrupted (Ctrl-C); no checkpoint was written",
     ExitCode.BROKEN_PIPE: "whoever read the output went away, as `| head` does",
+    ExitCode.TERMINATED: "ended by SIGTERM; no checkpoint was written",
 }

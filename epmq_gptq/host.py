@@ -134,6 +134,7 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "state of a processor": (GPTQProcessor, "continuation_state_dict", ()),
     "end of a layer": (CheckpointExtension, "on_boundary", ("boundary",)),
     "objects": (CheckpointStore, "object_path", ("digest",)),
+    "contents": (CheckpointStore, "get", ("digest",)),
     "generations": (CheckpointStore, "_current", ()),
     "stop": (ModuleLooper, "_request_loop_stop", ("exc",)),
     "task": (GPTQ, "quantize", ("blocksize",)),
@@ -608,8 +609,8 @@ def _loop(
         model.quantized = False
         raise
     finally:
-        if extension is not None:
-            # Nobody may be left that writes into the folder of this attempt.
-            DEVICE_THREAD_POOL.wait()
-            looper.wait_dangling_threads()
+        # However it ended: nobody may be left that writes into the folder of this attempt, and a
+        # worker within C++ would have the whole process abort at its end.
+        DEVICE_THREAD_POOL.wait()
+        looper.wait_dangling_threads()
     return log

@@ -22,7 +22,7 @@ from epmq_gptq import (
     pipeline,
 )
 from epmq_gptq.commands.common import examples_of
-from epmq_gptq.exit_codes import ExitCode
+from epmq_gptq.exit_codes import ExitCode, Terminated
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {each.callback.__name__: each.callback for each in cli.app.registered_commands}
@@ -111,6 +111,7 @@ def test_exit_codes_are_in_the_help_and_are_those_of_errors():
         EPMQError("no.", **PARTS): 1,
         KeyboardInterrupt(): 130,
         BrokenPipeError(): 141,
+        Terminated(): 143,
         RuntimeError(): 1,
     }
     assert {ExitCode.of(error): code for error, code in errors.items()} == {

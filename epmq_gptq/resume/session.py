@@ -132,10 +132,22 @@ class Store(CheckpointStore):
     def object_path(self, digest: str) -> Path:
         """The file of an object that is what it should be."""
         path = self.root / "objects" / str(digest)
-        if digest not in self._good or self._good[digest] != _state(path):
+        if not self._is_good(digest, path):
             path = super().object_path(digest)
             self._good[digest] = _state(path)
         return path
+
+    def get(self, digest: str) -> bytes:
+        """The bytes of an object that is what it should be."""
+        path = self.root / "objects" / str(digest)
+        if self._is_good(digest, path):
+            return path.read_bytes()
+        data = super().get(digest)
+        self._good[digest] = _state(path)
+        return data
+
+    def _is_good(self, digest: Any, path: Path) -> bool:
+        return isinstance(digest, str) and self._good.get(digest, "") == _state(path)
 
 
 def _state(file: Path) -> tuple[int, int, int] | None:

@@ -253,6 +253,33 @@ def test_told_twice(tmp_path):
 
 
 @pytest.mark.fault(
+    "F40",
+    injected="SIGTERM to `epmq-gptq quantize` without `--resume`, while it runs a layer",
+    outcome="exit code 143, one line; no checkpoint, no temporary folder is left",
+)
+def test_ended_by_sigterm(tmp_path):
+    Command(tmp_path)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "epmq_gptq", "quantize", "recipe.yaml", "--out", "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment() | {"TMPDIR": str(scratch)},
+        cwd=tmp_path,
+    )
+    while not list(scratch.glob("gptqmodel_*/model.layers.0.*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 143, errors
+    assert errors == "error: ended by SIGTERM; no checkpoint was written.\n"
+    assert list(scratch.iterdir()) == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.fault(
     "F41",
     injected="the recipe, and then the weights of an expert, are changed between two attempts",
     outcome="exit code 2 before anything is computed; the message names the option with both "
