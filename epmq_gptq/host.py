@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import os
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from .linears import Linear
 from .model_linears import check_architecture, check_head, quantizable_linears
 from .models import register
 from .options import exists
+from .out_of_memory import given_up
 from .phases import PHASES, Phases, peak_memory
 from .preflight import Preflight
 from .preflight.runs import run_preflight
@@ -52,6 +54,9 @@ from .recorded.requantize import check_linears
 from .run_report import QuantizationReport
 from .saving import save_whole
 from .weighting import Weighting
+
+# Runs share the host's workers and the kernels that it looks up, so they take turns in a process.
+_ONE_RUN = threading.RLock()
 
 TESTED = ((7, 6), (7, 7))  # first and last minor version of GPTQModel
 
@@ -118,6 +123,7 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "solve": (GPTQProcessor, "end_shared_input_capture", ("subset_names",)),
     "no inputs": (GPTQProcessor, "verify_calibration_dataset", ("processor_index",)),
     "events": (ModuleLooper, "_subset_event_dispatch", ("stage", "module_names")),
+    "pack": (GPTQProcessor, "submodule_finalize", ("module", "model")),
     "plan": (GPTQProcessor, "_resolve_shared_input_plan", ("model",)),
     "rounding kernel": (
         gptq_cuda,
@@ -186,7 +192,8 @@ def install() -> None:
     @functools.wraps(host_quantize)
     def quantize(self, **arguments):
         if isinstance(self.quantize_config, EPMQConfig):
-            return quantize_with_experts(self, **arguments)
+            with _ONE_RUN:
+                return quantize_with_experts(self, **arguments)
         return host_quantize(self, **arguments)
 
     @functools.wraps(host_save)
@@ -503,12 +510,17 @@ def _loop(model: BaseQModel, processor: EPMQProcessor, backend, device: str) -> 
     looper = ModuleLooper(model, processors=[processor], **options)
     processor.stop_loop = looper._request_loop_stop
     try:
-        with _fast_rounding(device):
+        with _fast_rounding(device), given_up("a forward pass of the merged model", device):
             log = looper.loop(backend=backend, fallback=config.fallback)
         if processor.failure is not None:
             raise processor.failure
-    except BaseException:
+    except BaseException as error:
         # Half of the layers may be packed: this object is neither the merge nor a result.
         model.quantized = False
+        first = processor.failure
+        if first is not None and error is not first and isinstance(error, Exception):
+            raise first from error  # a lost device fails everywhere; where it began is told
         raise
+    finally:
+        processor.leave()
     return log
