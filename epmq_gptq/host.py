@@ -76,6 +76,7 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
             "checkpoint",
         ),
     ),
+    "entry": (BaseQModel, "quantize", ("calibration",)),
     "load": (GPTQModel, "load", ("model_id_or_path", "quantize_config")),
     "load merged": (GPTQModel, "from_pretrained", ("model_id_or_path", "quantize_config")),
     "save": (BaseQModel, "save", ("save_dir",)),
@@ -123,6 +124,7 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "solve": (GPTQProcessor, "end_shared_input_capture", ("subset_names",)),
     "no inputs": (GPTQProcessor, "verify_calibration_dataset", ("processor_index",)),
     "events": (ModuleLooper, "_subset_event_dispatch", ("stage", "module_names")),
+    "telemetry": (GPTQProcessor, "_close_device_smi_handles", ()),
     "pack": (GPTQProcessor, "submodule_finalize", ("module", "model")),
     "plan": (GPTQProcessor, "_resolve_shared_input_plan", ("model",)),
     "rounding kernel": (
@@ -189,10 +191,19 @@ def install() -> None:
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     host_quantize, host_save = BaseQModel._quantize_with_calibration, BaseQModel.save
 
+    host_entry = BaseQModel.quantize
+
+    @functools.wraps(host_entry)
+    def enter(self, *arguments, **options):
+        if isinstance(self.quantize_config, EPMQConfig):
+            _refuse_again(self)  # the host would say so with an OSError
+        return host_entry(self, *arguments, **options)
+
     @functools.wraps(host_quantize)
     def quantize(self, **arguments):
         if isinstance(self.quantize_config, EPMQConfig):
-            with _ONE_RUN:
+            # The host draws random numbers, to no effect; whoever calls us may want them.
+            with _ONE_RUN, torch.random.fork_rng(devices=[]):
                 return quantize_with_experts(self, **arguments)
         return host_quantize(self, **arguments)
 
@@ -207,7 +218,18 @@ def install() -> None:
         setattr(GPTQModel, name, classmethod(_checked_loader(getattr(GPTQModel, name).__func__)))
     quantize._epmq = True
     BaseQModel._quantize_with_calibration, BaseQModel.save = quantize, save
+    BaseQModel.quantize = enter
     BaseQModel.push_to_hub = _push_to_hub(BaseQModel.__dict__.get("push_to_hub"))
+
+
+def _refuse_again(model: BaseQModel) -> None:
+    if model.quantized:
+        raise EPMQInputError(
+            "`quantize` was called on a model that is quantized already.",
+            code="EPMQ-F52",
+            subject="`quantize`",
+            remedy="Load the merged model again.",
+        )
 
 
 def _push_to_hub(host_push) -> property:
@@ -299,13 +321,6 @@ def quantize_with_experts(
     """
     start = time.perf_counter()
     config: EPMQConfig = model.quantize_config
-    if model.quantized:
-        raise EPMQInputError(
-            "`quantize` was called on a model that is quantized already.",
-            code="EPMQ-F52",
-            subject="`quantize`",
-            remedy="Load the merged model again.",
-        )
     _check_host_options(host_options)
     check_architecture(model)
     check_head(model)

@@ -42,8 +42,8 @@ class Origin(NamedTuple):
 class Peaks:
     """The largest |x| of every token, kept on its device and looked at only after trouble.
 
-    One reading of the activations and four bytes a token: next to the product of two of them with
-    each other, which is what they were made for, that is next to nothing.
+    Two readings of the activations and one number a token: next to the product of the activations
+    with themselves, for which they are counted, that is next to nothing.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,9 @@ def first_bad(batch: int, states: torch.Tensor, keep: torch.Tensor | None = None
 
 def peaks(X: torch.Tensor) -> torch.Tensor:
     """The largest |x| of every row, ``X.shape[:-1]``; NaN where one of them is NaN."""
-    return torch.linalg.vector_norm(X.detach(), torch.inf, dim=-1)
+    # On CPUs a tenth of the time of a norm, and without a copy of X.
+    X = X.detach()
+    return torch.maximum(X.amax(-1), X.amin(-1).neg_())
 
 
 def _fitting(keep: torch.Tensor | None, of: torch.Tensor) -> torch.Tensor | None:

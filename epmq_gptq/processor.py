@@ -422,14 +422,18 @@ class EPMQProcessor(GPTQProcessor):
         ]
         if self.recording is not None:
             fitted, held_out = self._recorded(group, tasks, fitted, held_out)
-        self._solver.solve(
-            tasks,
-            fitted,
-            held_out,
-            group.error,
-            self._shared_input_capture_generation,
-            lambda task, W_m: LayerWatch(samples, task.full_name, W_m) if samples else None,
-        )
+        try:
+            self._solver.solve(
+                tasks,
+                fitted,
+                held_out,
+                group.error,
+                self._shared_input_capture_generation,
+                lambda task, W_m: LayerWatch(samples, task.full_name, W_m) if samples else None,
+            )
+        except Exception as error:
+            told = within(error, tasks[0], "its target")
+            raise told from told.__cause__
         for task in tasks:
             task.report.eta, task.report.rho = self._shares(group, task)
 
@@ -481,6 +485,7 @@ class EPMQProcessor(GPTQProcessor):
         for handle in self._taps:
             handle.remove()
         self._taps, self._inputs = [], {}
+        self._close_device_smi_handles()  # each has a thread; the host forgets them in a failed run
 
     def _mark_bad(self, task: EPMQ, error: EPMQNumericalError) -> None:
         """On the main thread: stop here, or let the task round its merged weight to nearest."""
