@@ -53,27 +53,34 @@ def is_lost_device(error: BaseException) -> bool:
 def in_halves(
     step: Callable[..., None], *rows: torch.Tensor, otherwise: Callable[..., None]
 ) -> None:
-    """``step(*rows)``, or where there is no room for it, the same of their halves, and so on.
+    """``step(*rows)``, or where there is no room for it, of halves of the rows, of quarters, ...
 
     Args:
         step: adds up over rows; raises before it has written anything, or not at all.
         rows: tensors of the same number of rows.
         otherwise: does the same for rows of which not even ``LEAST`` fit.
     """
+    start, size = 0, max(1, len(rows[0]))
+    while start < len(rows[0]):
+        part = [tensor[start : start + size] for tensor in rows]
+        if not _fits(step, part):
+            if size > LEAST:
+                size = max(LEAST, -(-size // 2))
+                _empty_cache(rows[0].device)
+                continue
+            otherwise(*part)
+        start += size
+
+
+def _fits(step: Callable[..., None], part: list[torch.Tensor]) -> bool:
+    # A function, for as long as the exception lives, so do the tensors of its frames.
     try:
-        step(*rows)
-        return
+        step(*part)
+        return True
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-    # Not in the handler: as long as the exception lives, so do the tensors of its frames.
-    count = len(rows[0])
-    forget_cached(rows[0].device)
-    if count <= LEAST:
-        otherwise(*rows)
-        return
-    for part in (slice(count // 2), slice(count // 2, None)):
-        in_halves(step, *(tensor[part] for tensor in rows), otherwise=otherwise)
+        return False
 
 
 def add_on_cpu(C: torch.Tensor, L: torch.Tensor, R: torch.Tensor, alpha: float = 1.0) -> None:
@@ -124,9 +131,13 @@ def on_cpu(value: Any) -> Any:
     return value
 
 
-def forget_cached(device: torch.device | None = None) -> None:
+def forget_cached() -> None:
     """Give back what is held for later only, by garbage and by torch."""
     gc.collect()
+    _empty_cache()
+
+
+def _empty_cache(device: torch.device | None = None) -> None:
     if torch.cuda.is_initialized() and (device is None or device.type == "cuda"):
         with contextlib.suppress(RuntimeError):  # a lost device: the caller will meet it
             torch.cuda.empty_cache()
