@@ -7,10 +7,13 @@ the host is changed.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import inspect
 import os
+import shutil
+import tempfile
 import threading
 import time
 import warnings
@@ -489,10 +492,38 @@ def _check_host_options(host_options: dict[str, Any]) -> None:
             )
 
 
+_BUILD_FOLDER = "GPTQMODEL_TORCH_EXTENSIONS_DIR"
+
+
+def _find_build_folder() -> None:
+    """Where the host shall compile its kernels, if it may not below HOME."""
+    place = Path(os.path.expanduser("~")) / ".cache"
+    while not place.exists():
+        place = place.parent
+    if os.environ.get(_BUILD_FOLDER) or os.access(place, os.W_OK | os.X_OK):
+        return
+    # A name that nobody can guess: what lies there is loaded as code.
+    folder = tempfile.mkdtemp(prefix="gptqmodel-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[_BUILD_FOLDER] = folder
+    warnings.warn(
+        EPMQWarning(
+            f"`{place}` cannot be written, so GPTQModel's kernels are compiled in a temporary "
+            f"folder, in every process again; {_BUILD_FOLDER} names another one.",
+            code="EPMQ-F45",
+        ),
+        stacklevel=2,
+    )
+
+
 @contextlib.contextmanager
 def _fast_rounding(device: str) -> Iterator[None]:
     """Within: where the host's CUDA kernel cannot be compiled, Triton rounds in its place."""
-    if torch.device(device).type != "cuda" or gptq_cuda.block_update_available():
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    _find_build_folder()
+    if gptq_cuda.block_update_available():
         yield
         return
     if not triton_rounds(torch.device(device)):

@@ -275,7 +275,11 @@ class ExpertTrajectories:
     def _since(self, expert: str, batch: int, output: Any) -> str:
         """Where they begin, in words."""
         inputs = self._plan.batches[batch]
-        origin = first_bad(batch, _states(output), inputs.get("attention_mask"))
+        mask = inputs.get("attention_mask")
+        # In the order of the forward pass: behind an attention, earlier tokens are bad as well.
+        given = self._inputs[batch].values() if self._inputs else ()
+        origins = (first_bad(batch, states, mask) for states in (*given, _states(output)))
+        origin = next(filter(None, origins), None)
         if origin is None:
             return ""
         return f"; the first is {origin.told(expert, self._plan.experts, inputs.get('input_ids'))}"
