@@ -76,8 +76,7 @@ def test_a_bad_activation_is_named_by_its_token(family, batch_size):
     "F27",
     injected="an infinity written by a hook into one token of one batch, at the input of a layer "
     "in the middle of the model",
-    outcome="error EPMQ-F27 that names this token; with "
-    '`on_bad_module="rtn"` only the layers behind it are rounded to nearest, which is reported',
+    outcome="error EPMQ-F27 that names this layer and token",
 )
 def test_an_infinity_in_one_batch(family):
     merged, experts, rows = family
@@ -120,7 +119,7 @@ def test_a_bad_activation_of_an_experts_own_pass(family):
 @pytest.mark.fault(
     "F27",
     injected="activations of 1e25, which are finite and whose squares are not",
-    outcome="error EPMQ-F27 that says so, with the largest |x| and its token",
+    outcome="error EPMQ-F27 that says so, with the largest of them and its token",
 )
 def test_squares_that_overflow_are_told_apart(family):
     merged, experts, rows = family
@@ -249,6 +248,12 @@ def test_inputs_that_are_all_zero(family):
     assert {m.module.split(".")[2] for m in report.exceptions} == {"1"}
 
 
+@pytest.mark.fault(
+    "F27",
+    injected="activations of 1.5e19, whose squares float32 holds and whose sum of squares it does "
+    "not",
+    outcome="error EPMQ-F27",
+)
 def test_a_gram_that_overflows_only_as_a_sum():
     """Every square is finite, their sum is not."""
     statistics = GroupStatistics(
@@ -257,11 +262,3 @@ def test_a_gram_that_overflows_only_as_a_sum():
     statistics.add("e", torch.full((4000, 4), 1.5e19))
     with pytest.raises(EPMQNumericalError, match="expert `e`"):
         statistics.fold()
-
-
-test_a_gram_that_overflows_only_as_a_sum = pytest.mark.fault(
-    "F27",
-    injected="activations of 1.5e19, whose squares float32 holds and whose sum of squares it does "
-    "not",
-    outcome="error EPMQ-F27",
-)(test_a_gram_that_overflows_only_as_a_sum)

@@ -64,6 +64,14 @@ def room_for(monkeypatch):
     return limit
 
 
+@pytest.mark.fault(
+    "F46",
+    injected="in-place products of more than 1000, 100, 16 and 0 rows raise "
+    "`torch.OutOfMemoryError`, from the first and from the fourth product on (a stand-in for the "
+    "allocator of a GPU: these tests run on CPUs)",
+    outcome="halves of the rows, at last products on the CPU: every row is counted once, within "
+    "fp32's rounding",
+)
 @pytest.mark.parametrize("rows", [1000, 100, 16, 0])
 @pytest.mark.parametrize("after", [0, 3])
 def test_products_in_parts_count_every_row_once(room_for, rows, after):
@@ -79,16 +87,6 @@ def test_products_in_parts_count_every_row_once(room_for, rows, after):
     low_rank = Y[:300, :8] @ A[:8] @ X[:300]
     for found, expected in ((mirror_(H), X.T @ X), (C, Y.T @ X), (D, A.T @ X / 2 + low_rank)):
         torch.testing.assert_close(found.double(), expected + 1, rtol=0, atol=2e-2)
-
-
-test_products_in_parts_count_every_row_once = pytest.mark.fault(
-    "F46",
-    injected="in-place products of more than 1000, 100, 16 and 0 rows raise "
-    "`torch.OutOfMemoryError`, from the first and from the fourth product on (a stand-in for the "
-    "allocator of a GPU: these tests run on CPUs)",
-    outcome="halves of the rows, at last products on the CPU: every row is counted once, within "
-    "fp32's rounding",
-)(test_products_in_parts_count_every_row_once)
 
 
 # ---- a whole run ---------------------------------------------------------------------------------
@@ -232,6 +230,11 @@ def test_memory_that_ran_out_for_good(family, monkeypatch, doing):
     assert "`batch_size`" in caught.value.remedy and "EPMQ_CHUNK_ROWS" in caught.value.remedy
 
 
+@pytest.mark.fault(
+    "F46",
+    injected="the words of CUDA, ROCm and torch's allocator for the CPU (the last a real one)",
+    outcome="all are known as lack of memory, other errors are not",
+)
 def test_what_counts_as_lack_of_memory():
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(full())
     assert is_out_of_memory(RuntimeError("HIP out of memory"))
@@ -240,13 +243,6 @@ def test_what_counts_as_lack_of_memory():
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(out_of_memory.device_error(full(), "it", "cpu"))
-
-
-test_what_counts_as_lack_of_memory = pytest.mark.fault(
-    "F46",
-    injected="the words of CUDA, ROCm and torch's allocator for the CPU (the last a real one)",
-    outcome="all are known as lack of memory, other errors are not",
-)(test_what_counts_as_lack_of_memory)
 
 
 # ---- not too many at once ------------------------------------------------------------------------
