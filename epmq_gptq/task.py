@@ -105,8 +105,8 @@ class EPMQ(GPTQ):
         """Set what is rounded: ``W_target: (out, d)`` with curvature ``H_E: (d, d)`` (copied)."""
         # The host normalises its Hessian by 2/n and reports a loss per token.
         self.H, self.module_copy = H_E * (2.0 / tokens), W_target
-        if self.H.device != self.module.weight.device:
-            # The host wants its Hessian where the weight is.
+        if self.H.device.type == "cpu" != self.module.weight.device.type:
+            # Left there for lack of room; the host wants its Hessian where the weight is.
             self._waiting = self.module_copy, self.H
             self.H = self.module_copy = None
         self.nsamples = tokens
