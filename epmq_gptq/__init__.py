@@ -13,7 +13,14 @@ The commands of ``epmq-gptq`` are functions of the same names here, see ``epmq_g
 
 from typing import TYPE_CHECKING
 
-from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError, EPMQStopped
+from .errors import (
+    EPMQDeviceError,
+    EPMQError,
+    EPMQHostError,
+    EPMQInputError,
+    EPMQNumericalError,
+    EPMQStopped,
+)
 from .on_import import when_host_is_imported
 
 if TYPE_CHECKING:
@@ -40,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EPMQConfig",
+    "EPMQDeviceError",
     "EPMQError",
     "EPMQHostError",
     "EPMQInputError",

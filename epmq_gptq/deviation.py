@@ -102,8 +102,10 @@ class RowSample:
         """
         if not self._new:
             return
-        step = self._steps[member]
+        step, found = self._steps[member], []
         for rows in _joined(self._new):
+            if delta is not None:
+                rows = rows.to(delta.device)
             X = rows.X.to(torch.float32)
             own = self._outputs(member, delta, X)
             aim = None
@@ -118,7 +120,8 @@ class RowSample:
                     aim = torch.add(aim, gap[:, ::step], alpha=self.rho)
                 if bias is not None:
                     aim = aim + bias[::step]
-            self._lacks[member].setdefault(expert, []).append(_Lack(rows.X, rows.ahead, own, aim))
+            found.append(_Lack(rows.X, rows.ahead, own, aim))
+        self._lacks[member].setdefault(expert, []).extend(found)
 
     def _outputs(self, member: str, delta: WeightDelta | None, X: torch.Tensor) -> torch.Tensor:
         step = self._steps[member]

@@ -1,7 +1,8 @@
 """The exceptions of epmq_gptq: one family, each with a code, an object, a cause and a remedy.
 
 A caller's mistake is an :class:`EPMQInputError`; numbers that cannot be trusted are an
-:class:`EPMQNumericalError`. Codes are stable: scripts and issues may rely on them.
+:class:`EPMQNumericalError`; a device that is full or gone is an :class:`EPMQDeviceError`. Codes are
+stable: scripts and issues may rely on them.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ CODES: dict[str, str] = {
     "EPMQ-F43": "two processes write to one place",
     "EPMQ-F44": "a disk has too little space",
     "EPMQ-F45": "an output place cannot be used",
+    "EPMQ-F46": "memory ran out",
+    "EPMQ-F47": "a device was lost",
     "EPMQ-F49": "the host is not a tested one",
     "EPMQ-F52": "a call came at the wrong time",
     "EPMQ-F53": "a report or an evaluation is not readable as such",
@@ -150,6 +153,10 @@ class EPMQStopped(EPMQError):
 
 class EPMQHostError(EPMQError, RuntimeError):
     """The installed GPTQModel is not one that epmq_gptq was tested with."""
+
+
+class EPMQDeviceError(EPMQError, RuntimeError):
+    """A device has no memory left, or does not answer any more; no checkpoint was written."""
 
 
 class EPMQWarning(UserWarning):

@@ -265,7 +265,8 @@ _ENTRIES: dict[str, Explanation] = {
         remedy="Set `dtype: bfloat16` or `float32` in the recipe. If it stays, `epmq-gptq inspect "
         "--verify full` looks for weights that are not finite.",
         example="error: expert `math`: the activations at the input of "
-        "`model.layers.0.self_attn.q_proj` are not finite (32 of 32 channels, the first is 0). "
+        "`model.layers.0.self_attn.q_proj` are not finite (32 of 32 channels, the first is 0; the "
+        "first is token 7 (id 91) of row 2 of batch 3 of `math`). "
         "Check that expert's calibration rows and the merged weights of earlier layers; load in "
         "bfloat16 or float32 if float16 overflowed. [EPMQ-F27]",
     ),
@@ -405,6 +406,28 @@ _ENTRIES: dict[str, Explanation] = {
         remedy="Choose another place, or pass `--overwrite`; sources are never overwritten.",
         example="error: `--out`: folder `taken` is not empty. Choose another one or pass "
         "--overwrite. [EPMQ-F45]",
+    ),
+    "EPMQ-F46": Explanation(
+        means="Products of fewer rows and the CPU were tried before this; no checkpoint was "
+        "written. As a warning, before the run: the estimate of its peak is more than what can be "
+        "had now.",
+        cause="Batches that are too large for the device, or another process on it.",
+        remedy="A smaller `batch_size`, shorter rows, and for the products of calibration rows a "
+        "smaller EPMQ_CHUNK_ROWS in the environment. `nvidia-smi` shows who else holds memory.",
+        example="error: `model.layers.0.mlp.down_proj`: counting its inputs: the memory of "
+        "`cuda:0` ran out: 2.50 GiB were asked for, 1.12 GiB of 79.10 GiB can be had, this process "
+        "has held 77.40 GiB at its peak. Set a smaller `batch_size` or give shorter rows; "
+        "EPMQ_CHUNK_ROWS (now 2048) is how many rows are multiplied at once. Other processes may "
+        "hold the rest of the memory. [EPMQ-F46]",
+    ),
+    "EPMQ-F47": Explanation(
+        cause="A GPU that fell off the bus, an error of its memory that cannot be corrected, or a "
+        "kernel that broke the state of the device.",
+        remedy="Start again in a new process, on another device if there is one.",
+        example="error: `model.layers.0.mlp.down_proj`: rounding it: `cuda:0` does not answer any "
+        "more (`CUDA error: uncorrectable ECC error encountered`). Start again, in a new process: "
+        "nothing else can be asked of this device. If it comes back, look at `dmesg` and "
+        "`nvidia-smi -q` for errors of the memory. [EPMQ-F47]",
     ),
     "EPMQ-F49": Explanation(
         means="epmq_gptq works inside GPTQModel and looks at the parts that it leans on before "

@@ -7,10 +7,14 @@ the host is changed.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import inspect
 import os
+import shutil
+import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -41,6 +45,7 @@ from .linears import Linear
 from .model_linears import check_architecture, check_head, quantizable_linears
 from .models import register
 from .options import exists
+from .out_of_memory import given_up
 from .output import check_space
 from .phases import PHASES, Phases, peak_memory
 from .preflight import Preflight
@@ -68,6 +73,9 @@ from .run_report import QuantizationReport
 from .saving import save_whole
 from .weighting import Weighting
 
+# Runs share the host's workers and the kernels that it looks up, so they take turns in a process.
+_ONE_RUN = threading.RLock()
+
 TESTED = ((7, 6), (7, 7))  # first and last minor version of GPTQModel
 
 # What we call or override, with the parameters we count on. tests/test_host.py reads this table.
@@ -86,6 +94,7 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
             "checkpoint",
         ),
     ),
+    "entry": (BaseQModel, "quantize", ("calibration",)),
     "load": (GPTQModel, "load", ("model_id_or_path", "quantize_config")),
     "load merged": (GPTQModel, "from_pretrained", ("model_id_or_path", "quantize_config")),
     "save": (BaseQModel, "save", ("save_dir",)),
@@ -147,6 +156,8 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "solve": (GPTQProcessor, "end_shared_input_capture", ("subset_names",)),
     "no inputs": (GPTQProcessor, "verify_calibration_dataset", ("processor_index",)),
     "events": (ModuleLooper, "_subset_event_dispatch", ("stage", "module_names")),
+    "telemetry": (GPTQProcessor, "_close_device_smi_handles", ()),
+    "pack": (GPTQProcessor, "submodule_finalize", ("module", "model")),
     "plan": (GPTQProcessor, "_resolve_shared_input_plan", ("model",)),
     "rounding kernel": (
         gptq_cuda,
@@ -213,10 +224,20 @@ def install() -> None:
     host_quantize, host_save = BaseQModel._quantize_with_calibration, BaseQModel.save
     host_validate = gptq_checkpoint.validate_checkpoint_support
 
+    host_entry = BaseQModel.quantize
+
+    @functools.wraps(host_entry)
+    def enter(self, *arguments, **options):
+        if isinstance(self.quantize_config, EPMQConfig):
+            _refuse_again(self)  # the host would say so with an OSError
+        return host_entry(self, *arguments, **options)
+
     @functools.wraps(host_quantize)
     def quantize(self, **arguments):
         if isinstance(self.quantize_config, EPMQConfig):
-            return quantize_with_experts(self, **arguments)
+            # The host draws random numbers, to no effect; whoever calls us may want them.
+            with _ONE_RUN, torch.random.fork_rng(devices=[]):
+                return quantize_with_experts(self, **arguments)
         return host_quantize(self, **arguments)
 
     @functools.wraps(host_save)
@@ -237,7 +258,18 @@ def install() -> None:
     quantize._epmq = True
     BaseQModel._quantize_with_calibration, BaseQModel.save = quantize, save
     gptq_checkpoint.validate_checkpoint_support = validate_checkpoint_support
+    BaseQModel.quantize = enter
     BaseQModel.push_to_hub = _push_to_hub(BaseQModel.__dict__.get("push_to_hub"))
+
+
+def _refuse_again(model: BaseQModel) -> None:
+    if model.quantized:
+        raise EPMQInputError(
+            "`quantize` was called on a model that is quantized already.",
+            code="EPMQ-F52",
+            subject="`quantize`",
+            remedy="Load the merged model again.",
+        )
 
 
 def _push_to_hub(host_push) -> property:
@@ -334,13 +366,6 @@ def quantize_with_experts(
     """
     start = time.perf_counter()
     config: EPMQConfig = model.quantize_config
-    if model.quantized:
-        raise EPMQInputError(
-            "`quantize` was called on a model that is quantized already.",
-            code="EPMQ-F52",
-            subject="`quantize`",
-            remedy="Load the merged model again.",
-        )
     _check_host_options(host_options)
     check_architecture(model)
     check_head(model)
@@ -554,10 +579,38 @@ def _check_host_options(host_options: dict[str, Any]) -> None:
             )
 
 
+_BUILD_FOLDER = "GPTQMODEL_TORCH_EXTENSIONS_DIR"
+
+
+def _find_build_folder() -> None:
+    """Where the host shall compile its kernels, if it may not below HOME."""
+    place = Path(os.path.expanduser("~")) / ".cache"
+    while not place.exists():
+        place = place.parent
+    if os.environ.get(_BUILD_FOLDER) or os.access(place, os.W_OK | os.X_OK):
+        return
+    # A name that nobody can guess: what lies there is loaded as code.
+    folder = tempfile.mkdtemp(prefix="gptqmodel-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[_BUILD_FOLDER] = folder
+    warnings.warn(
+        EPMQWarning(
+            f"`{place}` cannot be written, so GPTQModel's kernels are compiled in a temporary "
+            f"folder, in every process again; {_BUILD_FOLDER} names another one.",
+            code="EPMQ-F45",
+        ),
+        stacklevel=2,
+    )
+
+
 @contextlib.contextmanager
 def _fast_rounding(device: str) -> Iterator[None]:
     """Within: where the host's CUDA kernel cannot be compiled, Triton rounds in its place."""
-    if torch.device(device).type != "cuda" or gptq_cuda.block_update_available():
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    _find_build_folder()
+    if gptq_cuda.block_update_available():
         yield
         return
     if not triton_rounds(torch.device(device)):
@@ -600,17 +653,22 @@ def _loop(
     looper = ModuleLooper(model, processors=[processor], **options)
     processor.stop_loop = looper._request_loop_stop
     try:
-        with _fast_rounding(device), stopping:
+        told = given_up("a forward pass of the merged model", device)
+        with _fast_rounding(device), told, stopping:
             log = looper.loop(backend=backend, fallback=config.fallback)
         if processor.failure is not None:
             raise processor.failure
-    except BaseException:
+    except BaseException as error:
         # Half of the layers may be packed: this object is neither the merge nor a result.
         model.quantized = False
+        first = processor.failure
+        if first is not None and error is not first and isinstance(error, Exception):
+            raise first from error  # a lost device fails everywhere; where it began is told
         raise
     finally:
         # However it ended: nobody may be left that writes into the folder of this attempt, and a
         # worker within C++ would have the whole process abort at its end.
         DEVICE_THREAD_POOL.wait()
         looper.wait_dangling_threads()
+        processor.leave()
     return log

@@ -111,7 +111,7 @@ class Phases:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def _look(self, phase: str) -> None:
-        size = _held(self._gpu)
+        size = held_memory(self._gpu)
         with self._lock:
             self.memory[phase] = max(size, self.memory.get(phase, 0))
 
@@ -147,7 +147,7 @@ def peak_memory(device: torch.device | str = "cpu") -> dict[str, int]:
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
-def _held(gpu: torch.device | None) -> int:
+def held_memory(gpu: torch.device | None) -> int:
     """Bytes right now, of the GPU if there is one; 0 where the system does not say."""
     if gpu is not None:
         return torch.cuda.memory_allocated(gpu)

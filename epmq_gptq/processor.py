@@ -30,8 +30,10 @@ from .calibration import CalibrationPlan
 from .config import EPMQConfig
 from .deltas import WeightDelta
 from .deviation import LayerWatch, RowSample, sampled_rows
-from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
+from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
 from .experts import Experts
+from .origins import Origin, Peaks, first_bad
+from .out_of_memory import ROOMS, device_error, is_lost_device, is_out_of_memory
 from .phases import Phases
 from .recorded.recording import Recording, Watched
 from .residual import first_states
@@ -55,6 +57,7 @@ class SharedInput:
         statistics: one per device that ran forward passes; apart from the others the rows that are
             held out, and every expert where its weight is chosen by its sums ("" where it is not).
         error: the first trouble met while counting; nothing more is counted then.
+        peaks: to find the token to blame for sums that are not finite.
         own_inputs: whether the inputs of the experts' own passes were counted.
         written: full names of the layers whose residual stream was counted.
     """
@@ -62,6 +65,7 @@ class SharedInput:
     names: list[str]
     statistics: dict[tuple[torch.device, bool, str], GroupStatistics] = field(default_factory=dict)
     error: Exception | None = None
+    peaks: Peaks = field(default_factory=Peaks)
     own_inputs: bool = False
     written: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -126,7 +130,7 @@ class EPMQProcessor(GPTQProcessor):
         self._streams = threading.local()  # tap -> r of the batch that this thread runs
         self._taps: list[torch.utils.hooks.RemovableHandle] = []
         self.reports: list[ModuleReport] = []
-        self.failure: EPMQNumericalError | None = None
+        self.failure: Exception | None = None  # the first trouble of a worker
         self.stop_loop: Callable[[BaseException], None] = lambda error: None
         self.shared_groups = 0
         self.shared_layers = 0
@@ -170,7 +174,7 @@ class EPMQProcessor(GPTQProcessor):
         """Group the subset's layers by the input they share. Returns ``{follower: leader}``.
 
         Raises:
-            EPMQNumericalError: a worker met it in an earlier subset.
+            Exception: a worker met it in an earlier subset.
         """
         if self.failure is not None:
             raise self.failure
@@ -246,6 +250,7 @@ class EPMQProcessor(GPTQProcessor):
             # Read from disk while this expert's batches run, for the fold that comes after them.
             self.experts.prefetch(expert, [self.tasks[name].full_name for name in group.names])
         keep = self._calibration_tokens(group.names[0])
+        group.peaks.add(expert, index, X, keep)
         rows = _rows(X, keep)
         Z, gaps = self._of_expert(group, index, X, keep)
         kept = sampled_rows(
@@ -257,7 +262,9 @@ class EPMQProcessor(GPTQProcessor):
         )
         apart = expert if self.weighting.keeps_apart or self.recording else ""
         key = X.device, self.plan.held_out[index], apart
-        with group.lock:
+        # The widened rows, and at times new sums.
+        size = 4 * (2 * rows.numel() + 2 * rows.shape[1] ** 2)
+        with ROOMS.of(X.device, size), group.lock:
             statistics = group.statistics.get(key)
             if statistics is None:
                 statistics = group.statistics[key] = self._statistics(group, X.device)
@@ -310,7 +317,7 @@ class EPMQProcessor(GPTQProcessor):
         tasks = {self.tasks[name].full_name: self.tasks[name] for name in group.names}
 
         def delta(member: str, expert: str) -> WeightDelta | None:
-            task = tasks[member]
+            task, device = tasks[member], statistics.device
             difference = self.experts.delta(expert, member, task.merged_weight(device))
             self.experts.release(expert)
             # One reduction and one wait for two questions; who is to blame is asked only after.
@@ -321,7 +328,7 @@ class EPMQProcessor(GPTQProcessor):
             return difference if size else None
 
         def bias(member: str, expert: str) -> torch.Tensor | None:
-            task = tasks[member]
+            task, device = tasks[member], statistics.device
             if not task.refits_bias:
                 return None
             b_m = task.module.bias.detach().to(device, torch.float32)
@@ -333,7 +340,7 @@ class EPMQProcessor(GPTQProcessor):
         sample = None
         if self.qcfg.regret_rows:
             sample = RowSample(members, eta=self.form.eta, rho=self.form.rho)
-        return GroupStatistics(
+        statistics = GroupStatistics(
             columns,
             members,
             delta,
@@ -344,10 +351,29 @@ class EPMQProcessor(GPTQProcessor):
             bias=bias,
             phases=self.phases,
             sample=sample,
+            origin=lambda expert: self._told(
+                expert, group.peaks.first_bad(expert) or group.peaks.largest(expert)
+            ),
+            own_origin=lambda expert: self._own_origin(expert, next(iter(tasks))),
         )
+        return statistics
 
-    @staticmethod
-    def _guarded(group: SharedInput, step: Callable[[], None]) -> None:
+    def _told(self, expert: str, origin: Origin | None) -> tuple[Origin, str] | None:
+        if origin is None:
+            return None
+        ids = self.plan.batches[origin.batch].get("input_ids")
+        return origin, origin.told(expert, self.plan.experts, ids)
+
+    def _own_origin(self, expert: str, member: str) -> tuple[Origin, str] | None:
+        """The first bad token of an expert's own pass, which is kept as long as this layer runs."""
+        for batch, owner in enumerate(self.plan.experts):
+            Z = self.trajectories.inputs(member, batch) if owner == expert else None
+            origin = None if Z is None else first_bad(batch, Z)
+            if origin is not None:
+                return self._told(expert, origin)
+        return None
+
+    def _guarded(self, group: SharedInput, step: Callable[[], None]) -> None:
         """Run a step of the counting and keep its trouble for the main thread.
 
         Forward passes on several devices run on the host's workers, where an exception ends the
@@ -356,7 +382,8 @@ class EPMQProcessor(GPTQProcessor):
         try:
             step()
         except Exception as error:
-            group.error = group.error or error
+            task = self.tasks[group.names[0]]
+            group.error = group.error or within(error, task, "counting its inputs")
 
     # ---- targets -----------------------------------------------------------------------------
 
@@ -400,14 +427,18 @@ class EPMQProcessor(GPTQProcessor):
         ]
         if self.recording is not None:
             fitted, held_out = self._recorded(group, tasks, fitted, held_out)
-        self._solver.solve(
-            tasks,
-            fitted,
-            held_out,
-            group.error,
-            self._shared_input_capture_generation,
-            lambda task, W_m: LayerWatch(samples, task.full_name, W_m) if samples else None,
-        )
+        try:
+            self._solver.solve(
+                tasks,
+                fitted,
+                held_out,
+                group.error,
+                self._shared_input_capture_generation,
+                lambda task, W_m: LayerWatch(samples, task.full_name, W_m) if samples else None,
+            )
+        except Exception as error:
+            told = within(error, tasks[0], "its target")
+            raise told from told.__cause__
         for task in tasks:
             task.report.eta, task.report.rho = self._shares(group, task)
 
@@ -454,6 +485,13 @@ class EPMQProcessor(GPTQProcessor):
             self._guarded(group, step)
         return found
 
+    def leave(self) -> None:
+        """Take our hooks off the model, and forget what was counted, however the run ended."""
+        for handle in self._taps:
+            handle.remove()
+        self._taps, self._inputs = [], {}
+        self._close_device_smi_handles()  # each has a thread; the host forgets them in a failed run
+
     def _mark_bad(self, task: EPMQ, error: EPMQNumericalError) -> None:
         """On the main thread: stop here, or let the task round its merged weight to nearest."""
         if self.qcfg.on_bad_module == "raise":
@@ -465,15 +503,46 @@ class EPMQProcessor(GPTQProcessor):
     def process(self, module: NamedModule, *args, **kwargs):
         """Round one layer, the host's way, and keep its report."""
         task = self.tasks[module.name]
-        with self.phases.measure("round"):
-            super().process(module, *args, **kwargs)
+        try:
+            with self.phases.measure("round"):
+                super().process(module, *args, **kwargs)
+        except Exception as error:  # on a worker, where it would end the whole process
+            self._stop(within(error, task, "rounding it"))
+            return
         with self.lock:
             self.reports.append(task.report)
-            first = task.failure is not None and self.failure is None
+        if task.failure is not None:
+            self._stop(task.failure)
+
+    def submodule_finalize(self, module: NamedModule, model: BaseQModel, **kwargs):
+        """Pack one layer, the host's way; nothing of a run that has failed by then."""
+        if self.failure is not None:
+            return
+        try:
+            super().submodule_finalize(module, model, **kwargs)
+        except Exception as error:  # on a worker, as above
+            self._stop(within(error, self.tasks.get(module.name, module), "packing it"))
+
+    def _stop(self, error: Exception) -> None:
+        """Have the main thread raise this, unless another worker was first."""
+        with self.lock:
+            first = self.failure is None
             if first:
-                self.failure = task.failure
+                self.failure = error
         if first:
-            self.stop_loop(task.failure)
+            self.stop_loop(error)
+
+
+def within(error: Exception, task: EPMQ | NamedModule, doing: str) -> Exception:
+    """What to raise on the main thread for an error that a worker met: it names the layer."""
+    what = f"`{task.full_name}`: {doing}"
+    if is_out_of_memory(error) or is_lost_device(error):
+        told = device_error(error, what, task.module.weight.device)
+        told.__cause__ = error
+        return told
+    if not isinstance(error, EPMQError) and hasattr(error, "add_note"):
+        error.add_note(f"epmq_gptq: {what}")  # Python 3.11
+    return error
 
     # ---- going on after a kill -----------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Runs on the main thread, after a subset's forward passes and before any of its l
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from .deltas import data_free_gram
 from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import Experts, check_finite
+from .out_of_memory import given_up, on_cpu, with_room
 from .phases import Phases
 from .recorded.sums import RecordedStatistics
 from .statistics import GroupStatistics, Moments, combined
@@ -51,6 +53,15 @@ class _Group(NamedTuple):
     tokens: int
     generation: int
     watch: WatchOf
+
+
+class _Factor(NamedTuple):
+    """``H_E`` of the layers of one input, its lower Cholesky factor, and how it came about."""
+
+    H: torch.Tensor
+    L: torch.Tensor
+    lam: float
+    alpha: float | None
 
 
 class TargetSolver:
@@ -104,6 +115,18 @@ class TargetSolver:
             generation: of the host's cache of factors.
             watch: (layer, W_m) → what tells how far it lies from every expert, or None.
         """
+        with given_up(f"`{tasks[0].full_name}`: its target", tasks[0].module.weight.device):
+            self._solve(tasks, fitted, held_out, error, generation, watch)
+
+    def _solve(
+        self,
+        tasks: list[EPMQ],
+        fitted: Mapping[str, Statistics],
+        held_out: Mapping[str, Statistics],
+        error: Exception | None,
+        generation: int,
+        watch: WatchOf,
+    ) -> None:
         parts = [part for part in (fitted, held_out) if part]
         tokens = _added(one.tokens for part in parts for one in part.values())
         device = next(iter(fitted.values())).device
@@ -128,6 +151,9 @@ class TargetSolver:
                 task.aim(merged[task], H, tokens=1)
             return
         taken = [{name: _taken(one, tasks, merged) for name, one in part.items()} for part in parts]
+        if len({part[tasks[0]].H.device for one in taken for part in one.values()}) > 1:
+            # Some were left on the CPU, for lack of room.
+            taken, merged = on_cpu(taken), on_cpu(merged)
         weights = self._weights(tasks, taken[0])
         moments = [_summed(part, weights) for part in taken]
         if not any(bool(part[tasks[0]].H.diagonal().any()) for part in moments):
@@ -136,7 +162,7 @@ class TargetSolver:
                 self._on_bad(task, task.no_input(total))
             return
         with self._phases.measure("alpha"):
-            alphas = self._alphas(tasks, moments)
+            alphas = with_room(lambda parts: self._alphas(tasks, parts), moments)
         whole = moments[0]
         if len(moments) > 1:
             H = whole[tasks[0]].H.add_(moments[1][tasks[0]].H)  # what was held out counts, too
@@ -254,56 +280,85 @@ class TargetSolver:
         """Give the layers of one input and one alpha their targets; their ``H`` becomes ``H_E``."""
         H = moments[tasks[0]].H
         if alpha == 0.0:
-            _check_rank(tasks[0], H, group.tokens)
+            with_room(lambda H: _check_rank(tasks[0], H, group.tokens), H)
         whole = moments
         # Where the merge is the target, its bias stays as well.
         if tasks[0].refits_bias and alpha is not None:
-            around = centred([moments[task] for task in tasks])
+            around = with_room(centred, [moments[task] for task in tasks])
             moments, H = dict(zip(tasks, around, strict=True)), around[0].H
-        diagonal = H.diagonal().clone()
-        chosen = alpha is not None and tasks[0].alpha == "auto"
-        # Chosen from fewer rows; with all of them a stronger anchor may be needed to solve at all.
-        stronger = [larger for larger in GRID if larger > alpha] if chosen else []
-        for candidate in (alpha, *stronger):
-            alpha = candidate
-            H.diagonal().copy_(diagonal)
-            lam = anchor_strength(H, PLAIN_DAMPING if alpha is None else alpha)
-            L, info = torch.linalg.cholesky_ex(add_anchor_(H, lam, self._anchor))
-            if not int(info):
-                break
-        else:
+        factor = with_room(
+            lambda H, diagonal: self._factor(tasks[0], H, diagonal, alpha),
+            *(H, H.diagonal().clone()),
+        )
+        if factor is None:
             for task in tasks:
                 self._on_bad(task, task.not_positive_definite())
             return
         for task in tasks:
-            task.report.lam, task.report.alpha = lam, alpha
-            W_m, D = group.merged.pop(task), moments[task].D
-            why = self._why_merged(task, alpha, group)
-            if why or alpha is None:
-                _keep_merged(task, why)
-                D = None
-            target = expert_target(W_m, D, L)
-            try:
-                check_finite(target.W, f"`{task.full_name}`: target W*", module=task.full_name)
-            except EPMQNumericalError as error:
-                self._on_bad(task, error)
-                continue
-            task.report.merge_excess = target.merge_excess
-            with self._phases.measure("deviation"):
-                watch = group.watch(task, W_m)
-                if watch is not None:
-                    task.watch(watch, target.W)
-            task.aim(target.W, H, group.tokens)
-            if D is None:
-                continue
-            if task.refits_bias:
-                task.aim_bias(W_m, whole[task])
-            if task.alpha == "auto":
-                task.guard(W_m, H, group.held_out[task])
+            aim = functools.partial(self._aim_one, task, group)
+            with_room(
+                aim,
+                *(factor, group.merged[task], moments[task], whole[task]),
+                group.held_out.get(task),
+            )
+            del group.merged[task]
+        alpha = factor.alpha
         if len(tasks) > 1:
             cache = SharedHessianFactorCache(group.generation, f"{tasks[0].name}@{alpha!r}")
             for task in tasks:
                 task.attach_shared_hessian_cache(cache)
+
+    def _factor(
+        self, task: EPMQ, H: torch.Tensor, diagonal: torch.Tensor, alpha: float | None
+    ) -> _Factor | None:
+        """H becomes H_E; None where it is not positive definite."""
+        chosen = alpha is not None and task.alpha == "auto"
+        # Chosen from fewer rows; with all of them a stronger anchor may be needed to solve at all.
+        stronger = [larger for larger in GRID if larger > alpha] if chosen else []
+        for candidate in (alpha, *stronger):
+            H.diagonal().copy_(diagonal)
+            lam = anchor_strength(H, PLAIN_DAMPING if candidate is None else candidate)
+            L, info = torch.linalg.cholesky_ex(add_anchor_(H, lam, self._anchor))
+            if not int(info):
+                return _Factor(H, L, lam, candidate)
+        return None
+
+    def _aim_one(
+        self,
+        task: EPMQ,
+        group: _Group,
+        factor: _Factor,
+        W_m: torch.Tensor,
+        moments: Moments,
+        whole: Moments,
+        held_out: Moments | None,
+    ) -> None:
+        """Give one layer its target; nothing but the layer is written to."""
+        H, L, lam, alpha = factor
+        W_m, D = W_m.to(L.device), moments.D
+        task.report.lam, task.report.alpha = lam, alpha
+        why = self._why_merged(task, alpha, group)
+        if why or alpha is None:
+            _keep_merged(task, why)
+            D = None
+        target = expert_target(W_m, None if D is None else D.to(L.device), L)
+        try:
+            check_finite(target.W, f"`{task.full_name}`: target W*", module=task.full_name)
+        except EPMQNumericalError as error:
+            self._on_bad(task, error)
+            return
+        task.report.merge_excess = target.merge_excess
+        with self._phases.measure("deviation"):
+            watch = group.watch(task, W_m)
+            if watch is not None:
+                task.watch(watch, target.W)
+        task.aim(target.W, H, group.tokens)
+        if D is None:
+            return
+        if task.refits_bias:
+            task.aim_bias(W_m, whole)
+        if task.alpha == "auto":
+            task.guard(W_m, H, held_out)
 
     def _why_merged(self, task: EPMQ, alpha: float | None, group: _Group) -> str:
         """Why the merged weight is the target, where it is."""

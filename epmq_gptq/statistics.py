@@ -20,8 +20,9 @@ equals the merge.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +30,9 @@ from .deltas import WeightDelta
 from .deviation import RowSample
 from .errors import EPMQInputError, EPMQNumericalError
 from .kernels.gram import ROWS, gram_update, mirror_
-from .kernels.product import cross_update, product_update
+from .kernels.product import cross_update, in_parts, product_update, torch_product_update
+from .origins import Origin
+from .out_of_memory import forget_cached, is_out_of_memory
 from .phases import Phases
 from .staging import Rows, Stage
 
@@ -39,6 +42,8 @@ ReadDelta = Callable[[str, str], WeightDelta | None]
 ReadBias = Callable[[str, str], torch.Tensor | None]
 # (expert, diag(H_i): (d,)) -> β_i. See `EPMQConfig.weighting`.
 Weight = Callable[[str, torch.Tensor], float]
+# Expert -> the first token of it that is not finite, or else the largest one; and it in words.
+FindOrigin = Callable[[str], tuple[Origin, str] | None]
 
 
 class TargetForm(NamedTuple):
@@ -122,18 +127,24 @@ class _Sums:
             vectors: with ``s`` and ``t``.
         """
         X, ahead = rows.X, rows.ahead
+        # All that is needed, before anything is written: a step without room is tried again.
         if self.H is None:
             self.H = X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float32)
+        if ahead is not None and self.C is None:
+            self.C = torch.zeros_like(self.H)
+        s = X.sum(0, dtype=torch.float32) if vectors else None
+        t = ahead.sum(0) if vectors and ahead is not None else None
         gram_update(self.H, X)
         if ahead is not None:
-            if self.C is None:
-                self.C = torch.zeros_like(self.H)
             cross_update(self.C, ahead, X)
-        if vectors:
-            self.s = _sum(self.s, X.sum(0, dtype=torch.float32), X.device)
-            if ahead is not None:
-                self.t = _sum(self.t, ahead.sum(0), X.device)
+        self.s, self.t = _sum(self.s, s, X.device), _sum(self.t, t, X.device)
         self.count += len(X)
+
+    def move_(self, device: torch.device) -> None:
+        """Go there."""
+        for name in self._TENSORS:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(device))
 
     def scale_(self, factor: float) -> None:
         """Multiply everything."""
@@ -171,6 +182,9 @@ class GroupStatistics:
     A fold costs 2 · out · d² per member as ``(W_i − W_m) H_i``. An expert of less than d/2 rows is
     folded as ``((W_i − W_m) X) Xᵀ``, for 4 · out · d · n, and has no ``H_i`` of its own.
 
+    Where a GPU has no room for more, everything moves to the CPU and goes on there; ``device`` says
+    where it is.
+
     Args:
         columns: d, the width of the shared input.
         members: full names of the linear layers, mapped to their number of outputs.
@@ -182,6 +196,8 @@ class GroupStatistics:
         bias: reads ``b_i − b_m``, where ``form.biases``.
         phases: where the time is counted.
         sample: keeps some rows, for figures per expert; None for none.
+        origin: finds the token to blame for a Gram that is not finite; None: nothing is known.
+        own_origin: the same in the expert's own pass.
     """
 
     def __init__(
@@ -197,6 +213,8 @@ class GroupStatistics:
         bias: ReadBias | None = None,
         phases: Phases | None = None,
         sample: RowSample | None = None,
+        origin: FindOrigin | None = None,
+        own_origin: FindOrigin | None = None,
     ):
         self.columns = columns
         self.members = dict(members)
@@ -210,6 +228,7 @@ class GroupStatistics:
         self._weight = weight
         self._fold_once = fold_once
         self._phases = phases or Phases()
+        self._origin, self._own_origin = origin, own_origin
         self._folded: set[str] = set()
         self._expert: str | None = None
         self._stage: Stage | None = None  # rows of the current expert that are in no sum yet
@@ -217,6 +236,7 @@ class GroupStatistics:
         self._gaps: dict[str, torch.Tensor] = {}  # member -> E_i of the current expert
         self._gap_sums: dict[str, torch.Tensor] = {}  # member -> Σ (r_i − r) of it
         self._total = _Sums()
+        self._moved: torch.Tensor | None = None  # what W_i − W_m is multiplied by, in a fold
         self._deltas: dict[str, torch.Tensor] = {}
         self._outputs: dict[str, torch.Tensor] = {}
 
@@ -247,42 +267,78 @@ class GroupStatistics:
         if expert != self._expert:
             self.fold()
             self._expert = expert
-        own = self.form.eta and Z is not None
-        # The difference first: H_i would cancel most of Σ z xᵀ.
-        ahead = Z.to(torch.float32) - X if own else None
-        known = gaps or {} if self.form.rho else {}
-        rows = Rows(X, ahead, {name: gap.to(torch.float32) for name, gap in known.items()})
+        rows = self._with_room(self._rows_of, X, Z, gaps)
         self.tokens[expert] = self.tokens.get(expert, 0) + len(X)
         if self.sample is not None and kept is not None:
-            kept = kept.to(X.device)
-            self.sample.add(rows.of([tensor[kept] for tensor in rows.tensors()]))
-        stage = self._stage
-        if stage is not None and not stage.fits(rows):
+            self._with_room(self._keep, rows, kept)
+        if self._stage is not None and not self._stage.fits(rows):
             self._count_staged()
-        if len(X) >= ROWS:
-            self._count(rows)
-            return
-        if stage is None or stage.kinds != rows.kinds:
-            stage = self._stage = Stage(rows)
-        stage.add(rows)
+        self._with_room(self._count if len(X) >= ROWS else self._put_on_stage, rows)
+
+    def _rows_of(
+        self, X: torch.Tensor, Z: torch.Tensor | None, gaps: Mapping[str, torch.Tensor] | None
+    ) -> Rows:
+        X = X.to(self.device)
+        own = self.form.eta and Z is not None
+        # The difference first: H_i would cancel most of Σ z xᵀ.
+        ahead = Z.to(self.device, torch.float32) - X if own else None
+        known = gaps or {} if self.form.rho else {}
+        gaps = {name: gap.to(self.device, torch.float32) for name, gap in known.items()}
+        return Rows(X, ahead, gaps)
+
+    def _keep(self, rows: Rows, kept: torch.Tensor) -> None:
+        kept = kept.to(rows.X.device)
+        self.sample.add(rows.of([tensor[kept] for tensor in rows.tensors()]))
+
+    def _put_on_stage(self, rows: Rows) -> None:
+        if self._stage is None or self._stage.kinds != rows.kinds:
+            self._stage = Stage(rows.to(self.device))
+        self._stage.add(rows)
+
+    def _with_room(self, step: Callable[..., Any], *values: Any) -> Any:
+        """``step(*values)``; where there is no room for it, all of this on the CPU and once more.
+
+        A step writes nothing before it has what it needs, and looks where we are by then.
+        """
+        try:
+            return step(*values)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._to_cpu()
+        return step(*values)
+
+    def _to_cpu(self) -> None:
+        self._move_(torch.device("cpu"))
+        forget_cached()
+
+    def _move_(self, device: torch.device) -> None:
+        self.device = device
+        self._moved = None
+        for one in (self._stage, self._current, self._total):
+            if one is not None:
+                one.move_(device)
+        for tensors in (self._gaps, self._gap_sums, self._deltas, self._outputs):
+            tensors.update({name: tensor.to(device) for name, tensor in tensors.items()})
 
     def _count_staged(self) -> None:
         if self._stage is not None and self._stage.count:
-            self._count(self._stage.take())
+            self._with_room(self._count, self._stage.take())
 
     def _count(self, rows: Rows) -> None:
         """Add rows to the sums of the current expert."""
+        rows = rows.to(self.device)
+        for member in rows.gaps:
+            if member not in self._gaps:
+                self._gaps[member] = self._zeros(self.members[member], self.columns)
+        of_gaps = {m: gap.sum(0) for m, gap in rows.gaps.items()} if self.form.biases else {}
         if self._current is None:
             self._current = _Sums()
         self._current.add(rows, vectors=self.form.biases)
         for member, gap in rows.gaps.items():
-            E = self._gaps.get(member)
-            if E is None:
-                E = self._gaps[member] = self._zeros(self.members[member], self.columns)
-            cross_update(E, gap, rows.X)
-            if self.form.biases:
-                sums = self._gap_sums.get(member)
-                self._gap_sums[member] = _sum(sums, gap.sum(0), self.device)
+            cross_update(self._gaps[member], gap, rows.X)
+        for member, total in of_gaps.items():
+            self._gap_sums[member] = _sum(self._gap_sums.get(member), total, self.device)
 
     # ---- folding -----------------------------------------------------------------------------
 
@@ -318,30 +374,41 @@ class GroupStatistics:
             current.scale_(factor)
             for tensor in (*self._gaps.values(), *self._gap_sums.values()):
                 tensor.mul_(factor)
-        moved = None
         for member in self.members:
-            delta = self._read(member, expert)
-            if delta is not None:
-                if moved is None:
-                    moved = mirror_(current.H)
-                    if current.C is not None:
-                        # W_i = (W_i − W_m) + W_m: the second part is that of all experts, `take`.
-                        moved = torch.add(moved, current.C, alpha=self.form.eta)
-                delta.add_product_(self._buffer(member), moved)
-                if self.form.biases:
-                    vector = current.s
-                    if current.t is not None:
-                        vector = torch.add(current.s, current.t, alpha=self.form.eta)
-                    delta.add_product_(self._output(member)[:, None], vector[:, None])
-            if self.form.biases:
-                self._fold_bias(member, expert, current.s, current.count)
-        for member, gap in self._gaps.items():
-            self._buffer(member).add_(gap, alpha=self.form.rho)
-            if self.form.biases:
-                self._output(member).add_(self._gap_sums[member], alpha=self.form.rho)
+            self._with_room(self._fold_member, member, expert)
+        self._moved = None
+        for member in self._gaps:
+            self._with_room(self._fold_gap, member)
         # The first expert's Gram becomes the sum: one buffer less until a second one comes.
         self._total.take_(current, self.device)
         self._current, self._gaps, self._gap_sums = None, {}, {}
+
+    def _fold_member(self, member: str, expert: str) -> None:
+        current, delta = self._current, self._read(member, expert)
+        b = self._bias_of(member, expert)
+        if delta is not None:
+            if self._moved is None:
+                self._moved = mirror_(current.H)
+                if current.C is not None:
+                    # W_i = (W_i − W_m) + W_m: the second part is that of all experts, `take`.
+                    self._moved = torch.add(self._moved, current.C, alpha=self.form.eta)
+            D = self._buffer(member)
+            if self.form.biases:
+                vector, output = current.s, self._output(member)
+                if current.t is not None:
+                    vector = torch.add(current.s, current.t, alpha=self.form.eta)
+                of_delta = delta.outputs(vector[None])[0]
+            delta.add_product_(D, self._moved)
+            if self.form.biases:
+                output.add_(of_delta)
+        if self.form.biases:
+            self._fold_bias(member, b, current.s, current.count)
+
+    def _fold_gap(self, member: str) -> None:
+        D = self._buffer(member)
+        if self.form.biases:
+            self._output(member).add_(self._gap_sums[member], alpha=self.form.rho)
+        D.add_(self._gaps[member], alpha=self.form.rho)
 
     def _fold_rows(self, rows: Rows) -> None:
         expert = self._expert
@@ -351,33 +418,47 @@ class GroupStatistics:
         self._check_finite(expert, diagonal, None if rows.ahead is None else rows.ahead.sum(0))
         self._count_fold(expert)
         factor = self._factor(expert, diagonal)
-        sums = self._total if factor == 1 else _Sums()
         with self._phases.measure("gram"):
-            sums.add(rows, vectors=self.form.biases)
-        X, moved = rows.X.to(torch.float32), None
+            self._with_room(self._add_rows, rows, factor)
         for member in self.members:
-            delta = self._read(member, expert)
-            if delta is not None:
-                moved = rows.moved(self.form.eta) if moved is None else moved
-                outputs = delta.outputs(moved)
-                self._buffer(member).addmm_(outputs.t(), X, alpha=factor)
-                if self.form.biases:
-                    self._output(member).add_(outputs.sum(0), alpha=factor)
-        for member, gap in rows.gaps.items():
-            self._buffer(member).addmm_(gap.t(), X, alpha=factor * self.form.rho)
-            if self.form.biases:
-                self._output(member).add_(gap.sum(0), alpha=factor * self.form.rho)
-        if self.form.biases:
-            of_rows = X.sum(0).mul_(factor)
-            for member in self.members:
-                self._fold_bias(member, expert, of_rows, factor * len(X))
+            self._with_room(self._fold_rows_of, member, expert, rows, factor)
+        self._moved = None
+
+    def _add_rows(self, rows: Rows, factor: float) -> None:
+        rows = rows.to(self.device)
+        sums = self._total if factor == 1 else _Sums()
+        sums.add(rows, vectors=self.form.biases)
         if sums is not self._total:
             sums.scale_(factor)
             self._total.take_(sums, self.device)
 
-    def _fold_bias(self, member: str, expert: str, inputs: torch.Tensor, count: float) -> None:
+    def _fold_rows_of(self, member: str, expert: str, rows: Rows, factor: float) -> None:
+        rows = rows.to(self.device)
+        X, gap, delta = rows.X.to(torch.float32), rows.gaps.get(member), self._read(member, expert)
         b = self._bias_of(member, expert)
+        outputs = None
+        if delta is not None:
+            if self._moved is None:
+                self._moved = rows.moved(self.form.eta)
+            outputs = delta.outputs(self._moved)
+        parts = [(outputs, factor), (gap, factor * self.form.rho)]
+        parts = [(part, weight) for part, weight in parts if part is not None]
+        D = self._buffer(member) if parts else None
+        if self.form.biases:
+            of_rows, sums = X.sum(0).mul_(factor), [part.sum(0) for part, _ in parts]
+            output = self._output(member) if parts else None
+            for (_, weight), total in zip(parts, sums, strict=True):
+                output.add_(total, alpha=weight)
+        for part, weight in parts:
+            in_parts(torch_product_update, D, part.t(), X, weight)
+        if self.form.biases:
+            self._fold_bias(member, b, of_rows, factor * len(X))
+
+    def _fold_bias(
+        self, member: str, b: torch.Tensor | None, inputs: torch.Tensor, count: float
+    ) -> None:
         if b is not None:
+            b = b.to(self.device)
             self._buffer(member).addr_(b, inputs)
             self._output(member).add_(b, alpha=count)
 
@@ -400,24 +481,35 @@ class GroupStatistics:
     ) -> None:
         # Entry jj is a sum of squares: any non-finite activation of channel j shows there, and
         # d entries are read instead of d².
-        finite = torch.isfinite(diagonal)
+        finite, find = torch.isfinite(diagonal), self._origin
         where = "the activations at the input"
         if bool(finite.all()) and ahead is not None:
-            finite = torch.isfinite(ahead)
+            finite, find = torch.isfinite(ahead), self._own_origin
             where = "in that expert's own pass, the activations at the input"
-        if not bool(finite.all()):
-            channel = int((~finite).nonzero()[0])
-            module = next(iter(self.members))
-            raise EPMQNumericalError(
-                f"expert `{expert}`: {where} of `{module}` are not finite "
-                f"({int((~finite).sum())} of {self.columns} channels, the first is {channel}).",
-                module=module,
-                expert=expert,
-                code="EPMQ-F27",
-                subject=f"expert `{expert}`, inputs of `{module}`",
-                remedy="Check that expert's calibration rows and the merged weights of earlier "
-                "layers; load in bfloat16 or float32 if float16 overflowed.",
-            )
+        if bool(finite.all()):
+            return
+        channel = int((~finite).nonzero()[0])
+        module = next(iter(self.members))
+        origin, place = (find and find(expert)) or (None, "")
+        what = f"{where} of `{module}` are not finite"
+        since = f"; the first is {place}" if place else ""
+        remedy = (
+            "Check that expert's calibration rows and the merged weights of earlier layers; load "
+            "in bfloat16 or float32 if float16 overflowed."
+        )
+        if origin is not None and math.isfinite(origin.largest):
+            what = f"{where} of `{module}` are finite, but their squares are too large for float32"
+            since = f"; the largest is {origin.largest:.3g}, at {place}"
+            remedy = "Look at what makes them so large, or leave the layer out with `dynamic`."
+        raise EPMQNumericalError(
+            f"expert `{expert}`: {what} ({int((~finite).sum())} of {self.columns} channels, the "
+            f"first is {channel}{since}).",
+            module=module,
+            expert=expert,
+            code="EPMQ-F27",
+            subject=f"expert `{expert}`, inputs of `{module}`",
+            remedy=remedy,
+        )
 
     def merge_(self, other: GroupStatistics) -> None:
         """Add what ``other`` counted (same members, any device), emptying it."""
@@ -426,6 +518,7 @@ class GroupStatistics:
         other.fold()
         for expert in other._folded:
             self._count_fold(expert)
+        self._with_room(lambda: other._move_(self.device))
         self._total.take_(other._total, self.device)
         for mine, theirs in ((self._deltas, other._deltas), (self._outputs, other._outputs)):
             for member, tensor in theirs.items():
@@ -456,8 +549,11 @@ class GroupStatistics:
         """``H: (d, d)`` fp32, zero where nothing was counted. The statistics give it away."""
         self.fold()
         self._stage = None  # room that is not needed any more
+        if self._total.H is None:
+            return self._with_room(self._zeros, self.columns, self.columns)
+        self._with_room(lambda: mirror_(self._total.H))
         total, self._total.H = self._total.H, None
-        return self._zeros(self.columns, self.columns) if total is None else mirror_(total)
+        return total
 
     def take_delta(self, member: str, W_m: torch.Tensor | None = None) -> torch.Tensor | None:
         """``D_m: (out, d)`` fp32, or None where it is exactly zero. Given away, as the Gram is.
@@ -466,11 +562,13 @@ class GroupStatistics:
             W_m: ``(out, d)`` fp32 the merged weight, needed where η is not 0.
         """
         self.fold()
-        D, C = self._deltas.pop(member, None), self._total.C
-        if C is not None:
-            D = torch.zeros_like(W_m) if D is None else D
-            product_update(D, W_m, C, self.form.eta)
-        return D
+        if self._total.C is not None:
+            self._with_room(self._add_own_inputs, member, W_m)
+        return self._deltas.pop(member, None)
+
+    def _add_own_inputs(self, member: str, W_m: torch.Tensor) -> None:
+        W_m = W_m.to(self.device)
+        product_update(self._buffer(member), W_m, self._total.C, self.form.eta)
 
     def take(self, member: str, H: torch.Tensor, W_m: torch.Tensor) -> Moments:
         """All that is known of one member, ``H`` being :meth:`gram`."""
@@ -481,7 +579,7 @@ class GroupStatistics:
         if outputs is None:
             outputs = self._zeros(self.members[member])
         if t is not None:
-            outputs = outputs.add_(W_m @ t, alpha=self.form.eta)
+            outputs = outputs.add_(W_m.to(self.device) @ t, alpha=self.form.eta)
         inputs = self._zeros(self.columns) if self._total.s is None else self._total.s
         return Moments(H, D, inputs, outputs, self._total.count)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+import types
 from typing import NamedTuple
 
 import torch
@@ -13,11 +14,13 @@ import transformers
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.config import FallbackStrategy
 from gptqmodel.quantization.gptq import GPTQ
+from gptqmodel.quantization.quantizer import Quantizer
 
 from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import check_finite
 from .kernels.factor import inverse_factor
+from .out_of_memory import ROOMS, forget_cached, is_out_of_memory
 from .run_report import ModuleReport
 from .statistics import Moments
 from .target import gain
@@ -60,6 +63,8 @@ class EPMQ(GPTQ):
     def __init__(self, module: NamedModule, qcfg, region_timer=None):
         super().__init__(module=module, qcfg=qcfg, region_timer=region_timer)
         self.full_name: str = module.full_name
+        # On the instance, for of a subclass the host would not use its CUDA kernel.
+        self.quantizer.find_params = types.MethodType(_find_params, self.quantizer)
         self.alpha: float | str = qcfg.alpha_for(module.full_name)
         self.refits_bias: bool = qcfg.bias_refit and getattr(self.module, "bias", None) is not None
         # The host's fallback rounds W_m to nearest and says so in a log line at most. What cannot
@@ -72,6 +77,9 @@ class EPMQ(GPTQ):
         self._bias: BiasAim | None = None
         self._guard: Guard | None = None
         self._watch: Watch | None = None
+        # What waits on the CPU: W* and H where its device had no room to solve for them.
+        self._waiting: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tight = False  # the device may have no room for the rounding
 
     def merged_weight(self, device: torch.device) -> torch.Tensor:
         """``W_m: (out, in)`` fp32 on ``device``, a copy."""
@@ -96,8 +104,11 @@ class EPMQ(GPTQ):
     def aim(self, W_target: torch.Tensor, H_E: torch.Tensor, tokens: int) -> None:
         """Set what is rounded: ``W_target: (out, d)`` with curvature ``H_E: (d, d)`` (copied)."""
         # The host normalises its Hessian by 2/n and reports a loss per token.
-        self.H = H_E * (2.0 / tokens)
-        self.module_copy = W_target
+        self.H, self.module_copy = H_E * (2.0 / tokens), W_target
+        if self.H.device.type == "cpu" != self.module.weight.device.type:
+            # Left there for lack of room; the host wants its Hessian where the weight is.
+            self._waiting = self.module_copy, self.H
+            self.H = self.module_copy = None
         self.nsamples = tokens
         self._hessian_dirty = False
 
@@ -181,19 +192,26 @@ class EPMQ(GPTQ):
         ``on_bad_module="rtn"`` in ``report``.
         """
         start = time.perf_counter()
+        # W*, Q, losses and what is left of W; H, its permutation and its factor.
+        size = 4 * (5 * self.rows * self.columns + 3 * self.columns**2)
+        with ROOMS.of(self.module.weight.device, size) as fits:
+            self._tight = not fits
+            result = self._quantized(blocksize)
+        self.report.seconds += time.perf_counter() - start
+        return result
+
+    def _quantized(self, blocksize: int):
         if self.bad is None:
             try:
-                result = self._round(blocksize)
+                return self._round(blocksize)
             except EPMQNumericalError as error:
                 self.bad = error
-        if self.bad is not None:
-            # Under "raise" too: it lets the host finish the layer until its main thread stops.
-            result = self._round_to_nearest(blocksize)
-            self.report.target, self.report.reason = "rtn", str(self.bad)
-            if self.qcfg.on_bad_module == "raise":
-                self.failure = self.bad
-            self._finish_watch(result[0], None)
-        self.report.seconds += time.perf_counter() - start
+        # Under "raise" too: it lets the host finish the layer until its main thread stops.
+        result = self._round_to_nearest(blocksize)
+        self.report.target, self.report.reason = "rtn", str(self.bad)
+        if self.qcfg.on_bad_module == "raise":
+            self.failure = self.bad
+        self._finish_watch(result[0], None)
         return result
 
     def _round(self, blocksize: int):
@@ -213,7 +231,7 @@ class EPMQ(GPTQ):
         """Round what is aimed at, and say in the report how well it went."""
         tokens = self.nsamples
         try:
-            result = super().quantize(blocksize=blocksize)
+            result = self._rounded_by_host(blocksize)
         except ValueError as error:
             # With no fallback the host raises at a loss that is not a number.
             raise EPMQNumericalError(
@@ -231,6 +249,25 @@ class EPMQ(GPTQ):
         self.report.loss = float(loss)
         self.report.excess = float(loss) * tokens * tokens
         return result
+
+    def _rounded_by_host(self, blocksize: int):
+        """The host's own rounding; on the CPU where its device has no room for it."""
+        if self._waiting is not None:
+            (self.module_copy, self.H), self._waiting = self._waiting, None
+            self._disable_shared_hessian_cache()
+        spare = None
+        if self._tight:
+            # The host writes to both of them, so that nothing could be tried again.
+            spare = [tensor.to("cpu", copy=True) for tensor in (self.module_copy, self.H)]
+        try:
+            return super().quantize(blocksize=blocksize)
+        except Exception as error:
+            if spare is None or not is_out_of_memory(error):
+                raise
+        forget_cached()
+        self.module_copy, self.H = spare
+        self._disable_shared_hessian_cache()
+        return super().quantize(blocksize=blocksize)
 
     def _guarded(self, result: tuple, blocksize: int) -> tuple:
         """``result``, or the rounded merge where that is better on the held-out rows."""
@@ -266,4 +303,27 @@ class EPMQ(GPTQ):
 
     def _check_scales(self, scale: torch.Tensor) -> None:
         # Scales are stored in half precision: what overflows there is lost on disk.
-        check_finite(scale.to(torch.float16), f"`{self.full_name}`: scales", module=self.full_name)
+        half = scale.to(torch.float16)
+        check_finite(half, f"`{self.full_name}`: scales", module=self.full_name)
+        zeros = int((half == 0).sum())
+        if zeros:
+            raise EPMQNumericalError(
+                f"`{self.full_name}`: {zeros} scales are 0 in half precision.",
+                module=self.full_name,
+                code="EPMQ-N01",
+                subject=f"module `{self.full_name}`",
+                remedy="Its weights are next to nothing: leave the layer out with `dynamic`.",
+            )
+
+
+def _find_params(quantizer: Quantizer, x: torch.Tensor, weight: bool = False) -> None:
+    """The host's choice of a scale and a zero, where both survive half precision.
+
+    It gives a group of zeros the range −1 to 1. One of weights so small that their scale is 0 on
+    disk, or at once (0 / 0 then makes NaN of them), gets the same: they are rounded to 0.
+    """
+    Quantizer.find_params(quantizer, x, weight=weight)
+    lost = quantizer.scale.to(torch.float16) == 0
+    quantizer.scale = quantizer.scale.masked_fill(lost, 1.0)
+    if not quantizer.qcfg.sym:
+        quantizer.zero = quantizer.zero.masked_fill(lost, 0.0)

@@ -19,6 +19,8 @@ from .errors import EPMQInputError, EPMQNumericalError
 from .experts import Experts
 from .layer_walk import LayerWalk
 from .linears import Linear
+from .origins import first_bad
+from .out_of_memory import forget_cached, given_up, is_out_of_memory, on_cpu
 from .phases import Phases
 from .residual import first_states, residual_taps
 from .skeleton import LayerStack, Skeleton
@@ -183,9 +185,9 @@ class ExpertTrajectories:
             self._read_ahead(expert, stack, index)
             with self._walk.at(self._skeleton.stacks, stack, index) as run:
                 for batch in batches:
-                    output = self._run_batch(stack, index, batch, run, capture)
+                    output = self._with_room(stack, index, batch, run, capture)
                     if not _is_finite(output):
-                        self._leave(expert, layer, batches)
+                        self._leave(expert, layer, batches, (batch, output))
                         break
                     if goes_on:
                         self._walk.keep(stack, batch, output)
@@ -205,6 +207,21 @@ class ExpertTrajectories:
             self._experts.prefetch(
                 names[place], [name for name in self._linears if name.startswith(prefix)]
             )
+
+    def _with_room(
+        self, stack: LayerStack, index: int, batch: int, run: Callable[[int], Any], capture: bool
+    ) -> Any:
+        """:meth:`_run_batch`; where there is no room for it, once more beside less that is kept."""
+        with given_up(f"`{stack.name(index)}`: an expert's own pass", self._skeleton.device):
+            try:
+                return self._run_batch(stack, index, batch, run, capture)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # What the merge will be compared with is most of what is held here; it is wanted later.
+            self._inputs, self._streams = on_cpu(self._inputs), on_cpu(self._streams)
+            forget_cached()
+            return self._run_batch(stack, index, batch, run, capture)
 
     def _run_batch(
         self,
@@ -244,8 +261,13 @@ class ExpertTrajectories:
             for hook in hooks:
                 hook.remove()
 
-    def _leave(self, expert: str, layer: str, batches: Collection[int]) -> None:
+    def _leave(
+        self, expert: str, layer: str, batches: Collection[int], bad: tuple[int, Any]
+    ) -> None:
         """An expert's activations are not finite: say who is to blame, and stop it or the run.
+
+        Args:
+            bad: number and output of the batch where that was met.
 
         Raises:
             EPMQNumericalError: unless the run shall go on.
@@ -256,7 +278,7 @@ class ExpertTrajectories:
                     self._experts.check(expert, name)
             raise EPMQNumericalError(
                 f"expert `{expert}`: the activations behind `{layer}` of its own pass are not "
-                "finite.",
+                f"finite{self._since(expert, *bad)}.",
                 module=layer,
                 expert=expert,
                 code="EPMQ-F27",
@@ -271,6 +293,18 @@ class ExpertTrajectories:
         self._taps_of = None  # may have been looked for in these batches: the next expert's serve
         for batch in batches if self._inputs else ():
             self._inputs[batch], self._streams[batch] = {}, {}
+
+    def _since(self, expert: str, batch: int, output: Any) -> str:
+        """Where they begin, in words."""
+        inputs = self._plan.batches[batch]
+        mask = inputs.get("attention_mask")
+        # In the order of the forward pass: behind an attention, earlier tokens are bad as well.
+        given = self._inputs[batch].values() if self._inputs else ()
+        origins = (first_bad(batch, states, mask) for states in (*given, _states(output)))
+        origin = next(filter(None, origins), None)
+        if origin is None:
+            return ""
+        return f"; the first is {origin.told(expert, self._plan.experts, inputs.get('input_ids'))}"
 
     # ---- weights -------------------------------------------------------------------------------
 
@@ -323,8 +357,11 @@ class ExpertTrajectories:
 
 
 def _is_finite(output: Any) -> bool:
-    states = output[0] if isinstance(output, tuple) else output
-    return bool(torch.isfinite(states.sum()))
+    return bool(torch.isfinite(_states(output).sum(dtype=torch.float32)))
+
+
+def _states(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _keep(kept: dict[str, Tensor], name: str, copy: bool = False) -> Callable[..., None]:

@@ -108,7 +108,8 @@ def check_finite(
     """Raise :class:`EPMQNumericalError` naming the count and first index of non-finite entries."""
     # One reduction in the common case: a sum of finite fp32 values can overflow, so it only
     # clears; what it does not clear is looked at entry by entry.
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    if bool(torch.isfinite(tensor.sum(dtype=dtype))):
         return
     bad = ~torch.isfinite(tensor)
     count = int(bad.sum())

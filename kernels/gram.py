@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 
+from ..out_of_memory import add_on_cpu, in_halves
 from .exact import TOLERANCE, first_exact, has_triton, random
 
 # Rows of one product. Fewer would spend the time on reading and writing the sums (4 d² bytes each
 # way for 2 d² FLOP per row); of half-precision rows more would not do either, for tensor cores
 # truncate what they add up, and an fp32 sum must take over before that shows.
-ROWS = 2048
+ROWS = max(16, min(2048, int(os.environ.get("EPMQ_CHUNK_ROWS") or 2048)))
 # Columns of one block of the triangle at least, and blocks at most: with 8 blocks 9/16 of the
 # square are computed.
 _BLOCK, _BLOCKS = 96, 8
@@ -44,19 +46,30 @@ def gram_update(H: torch.Tensor, X: torch.Tensor) -> None:
         H: ``(d, d)`` fp32, of which only the diagonal and what is above it means anything.
         X: ``(n, d)`` floating; one row per token, on the device of ``H``.
     """
+    way = _on_gpu(X.dtype, H.device) if H.is_cuda else triangle_update
     for rows in X.split(ROWS):
-        if H.is_cuda:
-            _on_gpu(X.dtype, H.device)(H, rows)
-        else:
-            triangle_update(H, rows)
+        in_halves(
+            lambda part: way(H, part), rows, otherwise=lambda part: _in_blocks(H, part, add_on_cpu)
+        )
 
 
 def triangle_update(H: torch.Tensor, X: torch.Tensor) -> None:
     """:func:`gram_update` as products of column blocks, of which those below the diagonal are left
-    out."""
-    X = X.to(torch.float32)
+    out. Once it has widened its rows it has room for each block, if only by halves."""
+    _in_blocks(H, X.to(torch.float32), _add)
+
+
+def _in_blocks(H: torch.Tensor, X: torch.Tensor, add) -> None:
     for start, stop in _blocks(H.shape[0]):
-        H[start:stop, start:].addmm_(X[:, start:stop].t(), X[:, start:])
+        add(H[start:stop, start:], X[:, start:stop], X[:, start:])
+
+
+def _add(C: torch.Tensor, L: torch.Tensor, R: torch.Tensor) -> None:
+    in_halves(
+        lambda left, right: C.addmm_(left.t(), right),
+        *(L, R),
+        otherwise=lambda left, right: add_on_cpu(C, left, right),
+    )
 
 
 def mirror_(H: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import functools
 
 import torch
 
+from ..out_of_memory import add_on_cpu, in_halves
 from .exact import TOLERANCE, first_exact, random
 from .gram import ROWS
 
@@ -37,7 +38,23 @@ def product_update(D: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: flo
     way = torch_product_update
     if D.is_cuda and min(*D.shape, A.shape[1]) >= _WORTH_IT:
         way = _on_gpu(A.dtype, B.dtype, D.device)
-    way(D, A, B, alpha)
+    in_parts(way, D, A, B, alpha)
+
+
+def in_parts(way, D: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float = 1.0) -> None:
+    """``way(D, A, B, alpha)``, of fewer of the products at once where memory is short.
+
+    Args:
+        way: see :func:`torch_product_update`; of ``ROWS`` products at most it must either add all
+            or raise.
+    """
+    rows = ROWS if way is split_product_update else A.shape[1]
+    for left, right in zip(A.t().split(rows), B.split(rows), strict=True):
+        in_halves(
+            lambda L, R: way(D, L.t(), R, alpha),
+            *(left, right),
+            otherwise=lambda L, R: add_on_cpu(D, L, R, alpha),
+        )
 
 
 def cross_update(C: torch.Tensor, Y: torch.Tensor, X: torch.Tensor) -> None:
@@ -70,7 +87,11 @@ def split_product_update(
         left, right = _parts(some_of_A), _parts(some_of_B)
         pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < _PARTS]
         for i, j in sorted(pairs, key=sum, reverse=True):
-            multiply(D, left[i], right[j], alpha)
+            in_halves(
+                lambda L, R: multiply(D, L.t(), R, alpha),
+                *(left[i].t(), right[j]),
+                otherwise=lambda L, R: add_on_cpu(D, L, R, alpha),
+            )
 
 
 def _parts(A: torch.Tensor) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from epmq_gptq import errors
 from epmq_gptq.errors import (
     CODES,
     RESERVED,
+    EPMQDeviceError,
     EPMQError,
     EPMQHostError,
     EPMQInputError,
@@ -25,7 +26,10 @@ from epmq_gptq.errors import (
     EPMQWarning,
 )
 
-FAMILY = (EPMQError, EPMQInputError, EPMQNumericalError, EPMQStopped, EPMQHostError)
+FAMILY = (
+    *(EPMQError, EPMQInputError, EPMQNumericalError),
+    *(EPMQStopped, EPMQHostError, EPMQDeviceError),
+)
 PACKAGE = Path(epmq_gptq.__file__).parent
 SOURCES = {str(file.relative_to(PACKAGE)): file for file in sorted(PACKAGE.rglob("*.py"))}
 

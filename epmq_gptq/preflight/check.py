@@ -10,6 +10,9 @@ import torch
 
 from ..errors import EPMQInputError
 from ..linears import Linear, resolve
+from ..out_of_memory import free_memory
+from ..phases import held_memory
+from ..summary import human_size
 from . import estimates
 from .bases import compare_bases
 from .coverage import check_coverage, widths
@@ -110,6 +113,7 @@ def preflight(
             runs_experts=runs_experts,
             chooses_alpha=chooses_alpha,
         )
+        result.add(_room(result.estimates["memory"]["peak"], device))
     # Weights that do not fit cannot be compared; what is wrong with them is said already.
     if verify != "headers" and experts.names and not _unfit(result):
         _weights(result, merged, experts, linears, base, allow_duplicates, on_bad_module == "raise")
@@ -187,6 +191,26 @@ def _dtype_bytes(merged: Any, linears: Sequence[Linear]) -> int:
     stored = next(filter(None, (resolve(linear, merged) for linear in linears)), None)
     dtype = merged.info(stored.tensor).torch_dtype if stored is not None else None
     return (dtype or torch.float32).itemsize
+
+
+def _room(peak: int, device: str) -> Iterator[Finding]:
+    """Of the device and the machine together, for the host may leave layers on either."""
+    free = 0
+    for one in {torch.device(device), torch.device("cpu")}:
+        room = free_memory(one)
+        if room is None:
+            return
+        # A model that is loaded already is part of the estimate.
+        free += room[0] + held_memory(one if one.type == "cuda" else None)
+    if peak > free:
+        yield Finding(
+            "warning",
+            "EPMQ-F46",
+            "memory",
+            f"the run is estimated to hold {human_size(peak)} at its peak, and "
+            f"{human_size(free)} can be had.",
+            "Set a smaller `batch_size` or give fewer rows, or make room.",
+        )
 
 
 def _run_estimates(

@@ -1,0 +1,436 @@
+"""Memory that runs out, folders that cannot be written, paths with odd characters."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from gptqmodel.quantization.gptq import GPTQ
+from judge import stored
+
+from epmq_gptq import EPMQConfig, EPMQDeviceError, host, out_of_memory
+from epmq_gptq.deltas import WeightDelta
+from epmq_gptq.errors import EPMQWarning
+from epmq_gptq.kernels.gram import gram_update, mirror_
+from epmq_gptq.kernels.product import cross_update, product_update
+from epmq_gptq.out_of_memory import Rooms, is_out_of_memory
+from epmq_gptq.preflight import check
+from epmq_gptq.solver import TargetSolver
+from epmq_gptq.statistics import GroupStatistics
+from epmq_gptq.task import EPMQ
+from epmq_gptq.trajectories import ExpertTrajectories
+
+TESTS = Path(__file__).parents[1]
+GPU_TEXT = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of "
+    "which 1.12 GiB is free."
+)
+
+
+def full(text: str = GPU_TEXT) -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError(text)
+
+
+# ---- products: fewer rows, then the CPU ----------------------------------------------------------
+
+
+@pytest.fixture
+def room_for(monkeypatch):
+    """``room_for(rows)``: in-place products of more rows find no memory from then on."""
+    addmm_ = torch.Tensor.addmm_
+    refused = []
+
+    def limit(rows, *, after=0):
+        def limited(self, A, B, **factors):
+            if A.shape[1] > rows and len(refused) >= after:
+                refused.append(A.shape[1])
+                raise full()
+            if after:
+                refused.append(0)
+            return addmm_(self, A, B, **factors)
+
+        monkeypatch.setattr(torch.Tensor, "addmm_", limited)
+        return refused
+
+    return limit
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="in-place products of more than 1000, 100, 16 and 0 rows raise "
+    "`torch.OutOfMemoryError`, from the first and from the fourth product on (a stand-in for the "
+    "allocator of a GPU: these tests run on CPUs)",
+    outcome="halves of the rows, at last products on the CPU: every row is counted once, within "
+    "fp32's rounding",
+)
+@pytest.mark.parametrize("rows", [1000, 100, 16, 0])
+@pytest.mark.parametrize("after", [0, 3])
+def test_products_in_parts_count_every_row_once(room_for, rows, after):
+    """Also where a later block of the triangle is the first that finds no room."""
+    X, Y, A = (torch.randn(3000, 300, dtype=torch.float64) for _ in range(3))
+    refused = room_for(rows, after=after)
+    H, C, D = (torch.ones(300, 300) for _ in range(3))
+    gram_update(H, X.float())
+    cross_update(C, Y.float(), X.float())
+    product_update(D, A.t().float(), X.float(), 0.5)
+    WeightDelta(None, (Y[:, :8].float()[:300], A[:8].float())).add_product_(D, X[:300].float())
+    assert any(refused)
+    low_rank = Y[:300, :8] @ A[:8] @ X[:300]
+    for found, expected in ((mirror_(H), X.T @ X), (C, Y.T @ X), (D, A.T @ X / 2 + low_rank)):
+        torch.testing.assert_close(found.double(), expected + 1, rtol=0, atol=2e-2)
+
+
+# ---- a whole run ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    merged, experts = tiny.family(folder, experts=2)
+    rows = {name: tiny.rows(3, 60, seed=index) for index, name in enumerate(experts)}
+    plain = run(merged, experts, rows)
+    plain.save(str(folder / "plain"))
+    return merged, experts, rows, stored(folder / "plain"), plain.epmq_report
+
+
+def run(merged, experts, rows):
+    model = tiny.load(
+        merged, EPMQConfig(group_size=32, experts=experts, alpha=0.1, eta=0.5, rho=0.5)
+    )
+    model.quantize(rows, batch_size=2)
+    return model
+
+
+class Once:
+    """Raises at some call, and is the step itself at all others."""
+
+    def __init__(self, step, at=1):
+        self.step, self.at, self.calls = step, at, 0
+
+    def __get__(self, instance, owner=None):
+        return lambda *arguments, **options: self(instance, *arguments, **options)
+
+    def __call__(self, *arguments, **options):
+        self.calls += 1
+        if self.calls == self.at:
+            raise full()
+        return self.step(*arguments, **options)
+
+
+STEPS = {
+    "sums": (GroupStatistics, "_zeros", 3),
+    "rows": (GroupStatistics, "_rows_of", 2),
+    "stage": (GroupStatistics, "_put_on_stage", 2),
+    "fold": (GroupStatistics, "_fold_member", 3),
+    "cross": (GroupStatistics, "_fold_gap", 1),
+    "factor": (TargetSolver, "_factor", 2),
+    "target": (TargetSolver, "_aim_one", 2),
+    "expert pass": (ExpertTrajectories, "_run_batch", 2),
+}
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="the first allocation of a step finds no memory: the sums, their rows, a fold, cross "
+    "products, the factor, a target, an expert's own pass (planted)",
+    outcome="the step is done once more, with everything on the CPU: the same bits on disk",
+)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_without_room_is_done_on_the_cpu(family, tmp_path, monkeypatch, step):
+    merged, experts, rows, expected, _ = family
+    owner, name, at = STEPS[step]
+    once = Once(getattr(owner, name), at)
+    monkeypatch.setattr(owner, name, once)
+    run(merged, experts, rows).save(str(tmp_path / "out"))
+    assert once.calls > at
+    found = stored(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="a GPU whose free memory is less than the rounding of a layer needs, and whose "
+    "rounding then finds none (both planted)",
+    outcome="W* and H are kept on the CPU as well and rounded there: the same bits on disk",
+)
+def test_a_rounding_without_room_is_done_on_the_cpu(family, tmp_path, monkeypatch):
+    merged, experts, rows, expected, _ = family
+    quantize, tight = GPTQ.quantize, EPMQ._quantized
+
+    def quantized(self, blocksize):
+        self._tight = True
+        return tight(self, blocksize)
+
+    def once(self, blocksize=128):
+        result = quantize(self, blocksize=blocksize)  # the host has written to W and H by then
+        if not getattr(self, "_refused", False):
+            self._refused = True
+            raise full()
+        return result
+
+    monkeypatch.setattr(EPMQ, "_quantized", quantized)
+    monkeypatch.setattr(GPTQ, "quantize", once)
+    run(merged, experts, rows).save(str(tmp_path / "out"))
+    found = stored(tmp_path / "out")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="products of more than 20 rows never find memory in a whole run (planted)",
+    outcome="halves of the rows: the run succeeds, its figures for the first layers are those "
+    "without the fault to four digits",
+)
+def test_a_run_with_little_room_for_products(family, room_for):
+    merged, experts, rows, _, report = family
+    refused = room_for(20)
+    found = run(merged, experts, rows).epmq_report
+    assert refused
+    for index, (mine, theirs) in enumerate(zip(found.modules, report.modules, strict=True)):
+        # A code that is rounded the other way moves the inputs of what comes after it.
+        allowed = 1e-4 if index < 3 else 0.02
+        assert mine.merge_excess == pytest.approx(theirs.merge_excess, rel=allowed)
+        assert mine.tokens == theirs.tokens
+
+
+FOR_GOOD = {
+    "counting its inputs": (GroupStatistics, "_put_on_stage"),
+    "its target": (TargetSolver, "_factor"),
+    "rounding it": (GPTQ, "quantize"),
+    "an expert's own pass": (ExpertTrajectories, "_run_batch"),
+}
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="one of counting, solving, rounding and an expert's pass never finds memory (planted)",
+    outcome="error EPMQ-F46 with the layer, the bytes asked for, free, in all and at the peak, and "
+    "the knobs `batch_size` and EPMQ_CHUNK_ROWS",
+)
+@pytest.mark.parametrize("doing", FOR_GOOD)
+def test_memory_that_ran_out_for_good(family, monkeypatch, doing):
+    def step(*arguments, **options):
+        raise full()
+
+    monkeypatch.setattr(*FOR_GOOD[doing], step)
+    numbers = r"2.50 GiB were asked for, \d+.\d+ GiB of \d+.\d+ GiB can be had, .*at its peak"
+    with pytest.raises(EPMQDeviceError, match=rf"layers\.0.*`: {doing}: .*{numbers}") as caught:
+        run(*family[:3])
+    assert caught.value.code == "EPMQ-F46"
+    assert "`batch_size`" in caught.value.remedy and "EPMQ_CHUNK_ROWS" in caught.value.remedy
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="the words of CUDA, ROCm and torch's allocator for the CPU (the last a real one)",
+    outcome="all are known as lack of memory, other errors are not",
+)
+def test_what_counts_as_lack_of_memory():
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(full())
+    assert is_out_of_memory(RuntimeError("HIP out of memory"))
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(out_of_memory.device_error(full(), "it", "cpu"))
+
+
+# ---- not too many at once ------------------------------------------------------------------------
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="eight threads that need 4 GiB each on a device that is said to have 10 free",
+    outcome="never more than two are at work there, all come to their end; one that needs 99 GiB "
+    "works alone; on the CPU nobody waits",
+)
+def test_only_as_many_work_at_once_as_fit():
+    gib, at_work, most = 1 << 30, [], []
+    rooms = Rooms(lambda device: (10 * gib, 80 * gib))
+    lock = threading.Lock()
+
+    def work(device, size):
+        with rooms.of(device, size) as fits:
+            assert fits == (size < 10 * gib or device == "cpu")
+            with lock:
+                at_work.append(size)
+                most.append((device, list(at_work)))
+            time.sleep(0.02)
+            with lock:
+                at_work.remove(size)
+
+    def all_at_once(device, sizes):
+        most.clear()
+        threads = [threading.Thread(target=work, args=(device, size)) for size in sizes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        return [now for _, now in most]
+
+    assert max(map(len, all_at_once("cuda:0", [4 * gib] * 8))) == 2
+    for now in all_at_once("cuda:0", [4 * gib] * 4 + [99 * gib]):
+        assert len(now) == 1 or 99 * gib not in now
+    barrier = threading.Barrier(3, timeout=30)
+    threads = [
+        threading.Thread(target=lambda: _with(rooms.of("cpu", 99 * gib), barrier.wait))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not barrier.broken
+
+
+def _with(context, step):
+    with context:
+        step()
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="a machine that is said to have 1 MiB left, before a run",
+    outcome="warning EPMQ-F46 with the estimated peak and what can be had",
+)
+def test_a_run_that_will_not_fit_is_warned_of(family, monkeypatch):
+    monkeypatch.setattr(check, "free_memory", lambda device: (1 << 20, 1 << 40))
+    monkeypatch.setattr(check, "held_memory", lambda gpu: 0)
+    with pytest.warns(EPMQWarning, match=r"estimated to hold .*B at its peak, and 1.0 MB can"):
+        run(*family[:3])
+
+
+# ---- child processes -----------------------------------------------------------------------------
+
+CHILD = """
+import json, os, resource, sys, warnings
+sys.path.insert(0, {tests!r})
+import tiny, torch
+torch.set_num_threads(1)
+from epmq_gptq import EPMQConfig, EPMQError
+given = json.loads(sys.argv[1])
+merged, experts = given["merged"], given["experts"]
+rows = {{name: tiny.rows(given["rows"], given["length"], seed=0) for name in experts}}
+def run(batch_size):
+    model = tiny.load(merged, EPMQConfig(group_size=32, experts=experts, alpha=0.1))
+    model.quantize(rows, batch_size=batch_size)
+    model.save(given["out"])
+if given["limit"]:
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + given["limit"], resource.RLIM_INFINITY))
+try:
+    run(given["batch_size"])
+except EPMQError as error:
+    print("SAID", error.code, error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    run(1)
+print("SAVED")
+"""
+
+
+def child(given, **options):
+    given = {"rows": 2, "length": 40, "limit": 0, "batch_size": 1} | given
+    command = [sys.executable, "-c", CHILD.format(tests=str(TESTS)), json.dumps(given)]
+    root = str(TESTS.parent)
+    options["env"] = {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"} | options["env"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+
+
+def environment(**changed):
+    kept = ("PATH", "HOME", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "LD_LIBRARY_PATH")
+    return {name: os.environ[name] for name in kept if name in os.environ} | changed
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="a child process with `RLIMIT_AS` 100 MiB above what it holds and "
+    "a batch whose attention needs more: a real failure of the allocator",
+    outcome="error EPMQ-F46 with the numbers; in the same process, without the limit and with "
+    "`batch_size=1`, the run succeeds",
+)
+def test_an_address_space_that_is_full(tmp_path):
+    model = tiny.llama(layers=1, max_position_embeddings=2048)
+    merged, experts = tiny.family(tmp_path, experts=1, model=model)
+    given = {
+        "merged": str(merged),
+        "experts": {name: str(path) for name, path in experts.items()},
+        "out": str(tmp_path / "out"),
+        **{"rows": 12, "length": 1500, "limit": 100 << 20, "batch_size": 12},
+    }
+    done = child(given, env=environment(), cwd=tmp_path)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "SAID EPMQ-F46" in done.stdout and "were asked for" in done.stdout
+    assert done.stdout.rstrip().endswith("SAVED")
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder that not even root may write to."""
+    folder = tmp_path / "read only"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0:
+        yield folder
+        subprocess.run(["umount", str(folder)], check=True)
+        return
+    folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("neither may this user mount a file system, nor is it kept from writing")
+    yield folder
+
+
+@pytest.mark.fault(
+    "F45",
+    injected="a child process whose working directory is mounted read-only, and whose HOME is "
+    "that too; models and output in a folder with spaces, quotes, `%`, `$`, an umlaut and "
+    "a line break in its name",
+    outcome="it quantizes and saves, and what it writes elsewhere goes into the system's temporary "
+    "folder",
+)
+def test_odd_places(tmp_path, read_only):
+    odd = tmp_path / 'Müller\'s "50 %s" $HOME {x}\nnext + line'
+    odd.mkdir()
+    merged, experts = tiny.family(odd, experts=1, model=tiny.llama(layers=1))
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    given = {
+        "merged": str(merged),
+        "experts": {name: str(path) for name, path in experts.items()},
+        "out": str(odd / "out"),
+    }
+    done = child(given, env=environment(HOME=str(read_only), TMPDIR=str(temporary)), cwd=read_only)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert done.stdout.rstrip().endswith("SAVED")
+    left = [one.name for one in temporary.iterdir()]
+    assert all(name.startswith("torchinductor") for name in left), left  # a cache of torch's
+    assert not list(read_only.iterdir())
+    assert (odd / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.fault(
+    "F45",
+    injected="a HOME mounted read-only, where GPTQModel would compile its kernels for a GPU",
+    outcome="they are compiled in a private temporary folder, with one warning that names the "
+    "environment variable; what that says already is left alone",
+)
+def test_kernels_are_compiled_elsewhere(read_only, monkeypatch, recwarn):
+    monkeypatch.setenv("HOME", str(read_only))
+    monkeypatch.delenv(host._BUILD_FOLDER, raising=False)
+    for _ in range(2):
+        host._find_build_folder()
+    assert [w.message.code for w in recwarn if w.category is EPMQWarning] == ["EPMQ-F45"]
+    folder = Path(os.environ[host._BUILD_FOLDER])
+    assert folder.is_dir() and folder.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(folder)
