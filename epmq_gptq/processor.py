@@ -532,18 +532,6 @@ class EPMQProcessor(GPTQProcessor):
         if first:
             self.stop_loop(error)
 
-
-def within(error: Exception, task: EPMQ | NamedModule, doing: str) -> Exception:
-    """What to raise on the main thread for an error that a worker met: it names the layer."""
-    what = f"`{task.full_name}`: {doing}"
-    if is_out_of_memory(error) or is_lost_device(error):
-        told = device_error(error, what, task.module.weight.device)
-        told.__cause__ = error
-        return told
-    if not isinstance(error, EPMQError) and hasattr(error, "add_note"):
-        error.add_note(f"epmq_gptq: {what}")  # Python 3.11
-    return error
-
     # ---- going on after a kill -----------------------------------------------------------------
 
     def continuation_state_dict(self) -> dict[str, Any]:
@@ -578,6 +566,18 @@ def within(error: Exception, task: EPMQ | NamedModule, doing: str) -> Exception:
             self.recording.recorder.resume(json.loads(own["recorded"]))
         if self.trajectories is not None:
             self.trajectories.resume(own["trajectories"])
+
+
+def within(error: Exception, task: EPMQ | NamedModule, doing: str) -> Exception:
+    """What to raise on the main thread for an error that a worker met: it names the layer."""
+    what = f"`{task.full_name}`: {doing}"
+    if is_out_of_memory(error) or is_lost_device(error):
+        told = device_error(error, what, task.module.weight.device)
+        told.__cause__ = error
+        return told
+    if not isinstance(error, EPMQError) and hasattr(error, "add_note"):
+        error.add_note(f"epmq_gptq: {what}")  # Python 3.11
+    return error
 
 
 def _rows(X: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
