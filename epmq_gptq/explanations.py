@@ -426,6 +426,17 @@ _ENTRIES: dict[str, Explanation] = {
         example="error: the checkpoint: no GPTQ checkpoint: it holds no packed layer "
         "(`….qweight`). Give the folder that `save` or GPTQModel wrote. [EPMQ-F56]",
     ),
+    "EPMQ-F57": Explanation(
+        means="A configuration is data. This one would make transformers fetch a kernel, which is "
+        "code, from a repository that its author chose, and run it.",
+        cause="`attn_implementation` in `config.json` is a hub id. A trap, or a model that was "
+        "saved while such a kernel was in use.",
+        remedy="Remove the key from `config.json`, if you know who wrote it. Results do not depend "
+        "on it.",
+        example="error: `merged`: `config.json` has `attn_implementation` 'org/kernel', for which "
+        "transformers would fetch code from the hub and run it. Remove the key, if you know who "
+        "wrote the file; no model needs it. [EPMQ-F57]",
+    ),
     "EPMQ-H01": Explanation(
         means="A warning. Every fast kernel is compared with its reference on your device before "
         "it is used.",
@@ -480,6 +491,16 @@ _ENTRIES: dict[str, Explanation] = {
         "expected) is damaged: Error while deserializing header: incomplete metadata, file not "
         "fully covered. Nothing was left there and the model is still in memory: `save` again, if "
         "need be to another disk. [EPMQ-S01]",
+    ),
+    "EPMQ-S02": Explanation(
+        means="A warning. The folder that stood there before is at its place again, whole; of the "
+        "new one nothing is left.",
+        cause="The process was killed, or the machine went down, between two renames at the end of "
+        "a save with `overwrite`. Where the system can exchange two folders in one step, as Linux "
+        "can, there is no such moment.",
+        remedy="Run it again with `overwrite` if the folder is still to be replaced.",
+        example="warning: a save to `out` was cut off while it replaced the folder that stood "
+        "there; that one was put back. [EPMQ-S02]",
     ),
     "EPMQ-P01": Explanation(
         means="Nothing was sent.",

@@ -71,6 +71,7 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
             "checkpoint",
         ),
     ),
+    "quantize": (BaseQModel, "quantize", ("calibration",)),
     "load": (GPTQModel, "load", ("model_id_or_path", "quantize_config")),
     "load merged": (GPTQModel, "from_pretrained", ("model_id_or_path", "quantize_config")),
     "save": (BaseQModel, "save", ("save_dir",)),
@@ -182,6 +183,18 @@ def install() -> None:
         # There the host's own default, one worker, makes its thread pool refuse to start.
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     host_quantize, host_save = BaseQModel._quantize_with_calibration, BaseQModel.save
+    host_entry = BaseQModel.quantize
+
+    @functools.wraps(host_entry)
+    def entry(self, *arguments, **options):
+        if isinstance(self.quantize_config, EPMQConfig) and self.quantized:
+            raise EPMQInputError(
+                "`quantize` was called on a model that is quantized already.",
+                code="EPMQ-F52",
+                subject="`quantize`",
+                remedy="Load the merged model again.",
+            )
+        return host_entry(self, *arguments, **options)
 
     @functools.wraps(host_quantize)
     def quantize(self, **arguments):
@@ -200,6 +213,7 @@ def install() -> None:
         setattr(GPTQModel, name, classmethod(_checked_loader(getattr(GPTQModel, name).__func__)))
     quantize._epmq = True
     BaseQModel._quantize_with_calibration, BaseQModel.save = quantize, save
+    BaseQModel.quantize = entry
     BaseQModel.push_to_hub = _push_to_hub(BaseQModel.__dict__.get("push_to_hub"))
 
 
@@ -292,13 +306,6 @@ def quantize_with_experts(
     """
     start = time.perf_counter()
     config: EPMQConfig = model.quantize_config
-    if model.quantized:
-        raise EPMQInputError(
-            "`quantize` was called on a model that is quantized already.",
-            code="EPMQ-F52",
-            subject="`quantize`",
-            remedy="Load the merged model again.",
-        )
     _check_host_options(host_options)
     check_architecture(model)
     check_head(model)

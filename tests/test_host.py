@@ -94,7 +94,7 @@ def test_quantizing_twice_is_refused(tmp_path):
     config = EPMQConfig(group_size=32, experts=experts)
     model = tiny.load(merged, config)
     model.quantize(rows)
-    with pytest.raises(EnvironmentError, match="already quantized"):
+    with pytest.raises(EPMQInputError, match="a model that is quantized already"):
         model.quantize(rows)
 
 
