@@ -193,6 +193,7 @@ class EPMQ(GPTQ):
             if self.qcfg.on_bad_module == "raise":
                 self.failure = self.bad
             self._finish_watch(result[0], None)
+        self.report.rounded = self._matrix(result[0])[[0, -1]].half().cpu()
         self.report.seconds += time.perf_counter() - start
         return result
 
