@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two OpenMP threads make GPTQ's column loop up to 10x slower on a busy machine.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test lint format docs test-serving test-browser test-faults bench-speed bench-quality bench-ablation clean
+.PHONY: help venv demo test lint format docs test-serving test-browser test-faults fuzz bench-speed bench-quality bench-ablation clean
 
 help:
 	@echo "make demo          train, merge and quantize small experts; print one table"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-serving  serve an E-PMQ checkpoint with real vLLM on the CPU"
 	@echo "make test-browser  the regret report in a headless Chromium"
 	@echo "make test-faults   kills, full disks, bad numbers, by real means (docs/reliability.md)"
+	@echo "make fuzz          strangers' files, mutated at random, for about 5 minutes (FUZZ_EXAMPLES=400)"
 	@echo "make lint          ruff"
 	@echo "make docs          the pages of docs/ as a site in out/docs; every link is checked"
 	@echo "make bench-speed   time and memory against stock GPTQModel (40 minutes)"
@@ -54,6 +55,12 @@ test-serving: venv
 
 test-faults: venv
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/faults $(ARGS)
+
+# Other mutations in every run. Keep what is found in tests/fuzz/corpus/found.
+FUZZ_EXAMPLES ?= 400
+fuzz: venv
+	$(TEST_ENV) HYPOTHESIS_PROFILE=search FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) \
+		$(BIN)/python -m pytest -q tests/fuzz --timeout 3600 $(ARGS)
 
 test-browser: venv
 	tests/browser/setup.sh
