@@ -59,7 +59,7 @@ CODES: dict[str, str] = {
     "EPMQ-F54": "figures of a run, a baseline or evaluations do not belong together",
     "EPMQ-F55": "statistics are of another model, or lack what is asked of them",
     "EPMQ-F56": "a checkpoint is no GPTQ checkpoint",
-    "EPMQ-F57": "a configuration names code that would be run",
+    "EPMQ-F57": "a model asks for code of its own, or of a hub, to be run",
     "EPMQ-H01": "a fast kernel is missing: the same result takes longer",
     "EPMQ-O01": "an option has a wrong type or value",
     "EPMQ-O02": "an option does not exist",

@@ -362,13 +362,16 @@ _ENTRIES: dict[str, Explanation] = {
         "options that it supports. [EPMQ-F38]",
     ),
     "EPMQ-F44": Explanation(
-        means="Looked at before the run, and again while the checkpoint is written; what was "
-        "begun is removed.",
-        cause="The disk of `--out` is nearly full. A recipe with `merge` needs room for the merged "
-        "model as well.",
-        remedy="Free some space, or choose another disk. `epmq-gptq inspect` estimates the size.",
-        example="error: `out` should be on a disk with 482,976 bytes free, got 482,975. Free some "
-        "space or choose another disk. [EPMQ-F44]",
+        means="Looked at before the run, before the checkpoint is written, and while it is; what "
+        "was begun is removed. In Python the model stays in memory, and `save` elsewhere works.",
+        cause="The disk of `--out` is nearly full, or that of the temporary folder, where finished "
+        "layers wait. A recipe with `merge` needs room for the merged model as well.",
+        remedy="Free some space, or choose another disk; the variable TMPDIR moves the temporary "
+        "folder. `epmq-gptq inspect` estimates the size.",
+        example="error: the run needs a disk with 96,640 bytes free, got 96,639 (71,040 for the "
+        "checkpoint, 25,600 for finished layers). Free some space, or choose other disks: `--out` "
+        "is where the checkpoint and a temporary merge go, the variable TMPDIR where layers wait. "
+        "[EPMQ-F44]",
     ),
     "EPMQ-F45": Explanation(
         cause="The folder is not empty, lies inside a model that is being read, or cannot be "
@@ -427,12 +430,13 @@ _ENTRIES: dict[str, Explanation] = {
         "(`….qweight`). Give the folder that `save` or GPTQModel wrote. [EPMQ-F56]",
     ),
     "EPMQ-F57": Explanation(
-        means="A configuration is data. This one would make transformers fetch a kernel, which is "
-        "code, from a repository that its author chose, and run it.",
-        cause="`attn_implementation` in `config.json` is a hub id. A trap, or a model that was "
-        "saved while such a kernel was in use.",
-        remedy="Remove the key from `config.json`, if you know who wrote it. Results do not depend "
-        "on it.",
+        means="A configuration is data. This one would make transformers run code that its author "
+        "chose: a kernel of the hub, or a module of the model's folder.",
+        cause="`attn_implementation` in `config.json` is a hub id: a trap, or a model that was "
+        "saved while such a kernel was in use. Or transformers does not know the architecture, and "
+        "`auto_map` names a module for it.",
+        remedy="Remove the key from `config.json`, if you know who wrote it; results do not depend "
+        "on it. For a module, pass `trust_remote_code=True` in Python once you have read it.",
         example="error: `merged`: `config.json` has `attn_implementation` 'org/kernel', for which "
         "transformers would fetch code from the hub and run it. Remove the key, if you know who "
         "wrote the file; no model needs it. [EPMQ-F57]",

@@ -12,9 +12,10 @@ import signal
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import EPMQError, EPMQInputError, EPMQWarning
 from .folders import cache_repository, reason_of
@@ -143,6 +144,46 @@ def check_space(
             subject=f"`{option}`",
             remedy=remedy,
         )
+
+
+class Need(NamedTuple):
+    """Bytes that a run writes to one place.
+
+    Attributes:
+        place: absolute; something on the disk.
+        size: in bytes.
+        what: how errors call what is written.
+    """
+
+    place: Path
+    size: int
+    what: str
+
+
+def check_disks(needs: Iterable[Need], *, option: str, remedy: str) -> None:
+    """Refuse disks that have less free than all that goes to each of them together.
+
+    Raises:
+        EPMQInputError: naming both numbers and what is written there.
+    """
+    disks: dict[int, list[Need]] = {}
+    for need in needs:
+        disks.setdefault(_existing(need.place).stat().st_dev, []).append(need)
+    for members in disks.values():
+        total = sum(need.size for need in members)
+        free = shutil.disk_usage(_existing(members[0].place)).free
+        if free < total:
+            parts = ", ".join(f"{need.size:,} for {need.what}" for need in members)
+            raise EPMQInputError(
+                f"{option} needs a disk with {total:,} bytes free, got {free:,} ({parts}).",
+                code="EPMQ-F44",
+                subject=option,
+                remedy=remedy,
+            )
+
+
+def _existing(place: Path) -> Path:
+    return next(one for one in (place, *place.parents) if one.is_dir())
 
 
 @contextmanager

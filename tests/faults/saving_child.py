@@ -1,7 +1,8 @@
 """A process that quantizes a tiny model once and then saves it in children, to be hurt.
 
 ``python saving_child.py MODELS DESCRIPTOR`` reads one JSON object a line, ``{"do": ..., ...}``, and
-answers each with one on the descriptor: the host prints to the standard output. Each save runs in a fork, so that a kill takes a process with it and the model stays.
+answers each with one on the descriptor: the host prints to the standard output. Each save runs in a
+fork, so that a kill takes a process with it and the model stays.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ from pathlib import Path
 import pytest
 import tiny
 from judge import stored
+from typer.testing import CliRunner
 
+from epmq_gptq import cli
 from epmq_gptq.output import check_output
 from epmq_gptq.saving import PACKED
 
@@ -221,6 +224,34 @@ def test_a_disk_that_is_too_small(child, whole, tmp_path):
         assert list((tmp_path / "disk").iterdir()) == []
     assert child.ask("save here", out=str(tmp_path / "out"))["code"] == "saved"
     assert stands(tmp_path / "out", whole)
+
+
+@pytest.mark.fault(
+    "F44",
+    injected="`epmq-gptq quantize` with the temporary folder, and then the output, on a file "
+    "system (tmpfs) of 16 kB",
+    outcome="Refused before a model is loaded, with both numbers and what needs them.",
+)
+@pytest.mark.parametrize("small", ["temporary folder", "output"])
+def test_a_run_that_would_not_fit(models, tmp_path, monkeypatch, small):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one row of some words"}\n' * 4)
+    recipe = {"merged": str(models / "merged"), "experts": {"a": str(models / "expert0")}}
+    recipe |= {"calibration": {"a": "rows.jsonl"}, "quantize": {"group_size": 32}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    disk = tmp_path / "disk"
+    with mounted(disk, "size=16k"):
+        if small == "output":
+            out = disk / "out"
+        else:
+            out = tmp_path / "out"
+            monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        done = CliRunner().invoke(
+            cli.app, ["quantize", str(tmp_path / "recipe.json"), "--out", str(out)]
+        )
+    wanted = {"temporary folder": "for finished layers", "output": "for the checkpoint"}[small]
+    assert done.exit_code == 2 and "[EPMQ-F44]" in done.stderr, done.output
+    assert "bytes free, got 16,384" in done.stderr and f"{wanted})" in done.stderr
+    assert not out.exists()
 
 
 @pytest.mark.fault(

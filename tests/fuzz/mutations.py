@@ -1,4 +1,4 @@
-"""What is done to a valid file: bytes, JSON trees and safetensors headers, by hypothesis's choice."""
+"""What is done to a valid file, by choice of hypothesis: bytes, JSON trees, safetensors headers."""
 
 from __future__ import annotations
 
