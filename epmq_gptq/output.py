@@ -204,7 +204,7 @@ def new_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     missing = [place for place in target.parents if not place.exists()]
     try:
-        with _stopped_by_sigterm(), _claimed(target) as partial:
+        with _stopped_by_sigterm(), _written(target) as partial:
             yield partial
             for file in [*partial.rglob("*"), partial]:
                 _sync(file)
@@ -223,36 +223,59 @@ def new_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
 def settle(target: Path) -> None:
     """Clear up beside ``target`` after a process that was killed while it wrote there.
 
-    What it had not finished is removed; a folder that it had moved aside is put back.
+    What it had not finished, a temporary merge included, is removed; a folder that it had moved
+    aside is put back.
 
     Raises:
         EPMQInputError: a process writes there now.
     """
-    if target.name and any(_hidden(target, kind).exists() for kind in ("partial", "former")):
-        with _claimed(target):
+    if not target.name:  # the root
+        return
+    merge = hidden(target, "merge")
+    if merge.exists():
+        with contextlib.suppress(EPMQInputError), claimed(merge, target):  # ours, or another run's
+            pass
+    if any(hidden(target, kind).exists() for kind in ("partial", "former")):
+        with _written(target):
             pass
 
 
 @contextmanager
-def _claimed(target: Path) -> Iterator[Path]:
-    """The folder that only this process writes to, empty; whatever is there at the end goes.
+def claimed(folder: Path, target: Path) -> Iterator[Path]:
+    """A folder that only this process writes to, empty; whatever is there at the end goes.
 
     Its name is the same for all, and who holds the lock of the folder itself owns it: the system
     drops a lock with the process that held it, so that a folder without one is of a dead process.
+
+    Args:
+        folder: hidden, see :func:`hidden`.
+        target: what it is written for; named in the error.
+
+    Raises:
+        EPMQInputError: another process has it.
     """
-    partial, former = _hidden(target, "partial"), _hidden(target, "former")
-    descriptor = _own(partial, target)
+    descriptor = _own(folder, target)
     try:
-        _put_back(former, target)
-        _empty(partial)
-        yield partial
+        _empty(folder)
+        yield folder
     finally:
-        # Whatever stopped the run, an interrupt included, leaves nothing behind. After an exchange
-        # this is what stood at the target before.
-        shutil.rmtree(partial, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(former, ignore_errors=True)
+        # Whatever stopped the run, an interrupt included, leaves nothing behind.
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
+
+
+@contextmanager
+def _written(target: Path) -> Iterator[Path]:
+    """The folder in which ``target`` is made, and beside it nothing that was cut off earlier."""
+    former = hidden(target, "former")
+    # After an exchange this folder is what stood at the target before.
+    with claimed(hidden(target, "partial"), target) as partial:
+        _put_back(former, target)
+        try:
+            yield partial
+        finally:
+            if target.exists():
+                shutil.rmtree(former, ignore_errors=True)
 
 
 def _own(partial: Path, target: Path) -> int:
@@ -344,7 +367,7 @@ def _move(partial: Path, target: Path, overwrite: bool) -> None:
 
 
 def _move_aside(partial: Path, target: Path) -> None:
-    former = _hidden(target, "former")
+    former = hidden(target, "former")
     try:
         os.replace(target, former)
         os.replace(partial, target)
@@ -435,8 +458,8 @@ def _has_number(error: Exception, numbers: Sequence[int]) -> bool:
     return getattr(error, "errno", None) in numbers or any(w in str(error) for w in words)
 
 
-def _hidden(target: Path, state: str) -> Path:
-    """Where a folder is while it is not at its place; starts with a dot."""
+def hidden(target: Path, state: str) -> Path:
+    """Where a folder for ``target`` is while it is not at its place."""
     return target.with_name(f".{target.name}.{state}")
 
 

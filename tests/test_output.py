@@ -253,8 +253,12 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path):
         tmp_path / n for n in ("target", ".target.partial", ".target.former")
     )
     _holding(partial)
+    _holding(tmp_path / ".target.merge")
     settle(target)
     assert list(tmp_path.iterdir()) == []
+    with output.claimed(output.hidden(target, "merge"), target) as merge:
+        settle(target)  # not that of a run that goes on
+        assert merge.is_dir()
     # Between the two renames: the old folder comes back, and is told of.
     _holding(partial)
     _holding(former)

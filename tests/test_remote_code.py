@@ -78,7 +78,9 @@ def test_an_architecture_of_its_own_is_refused(merged, family, tmp_path):
 def test_the_guard_is_of_one_thread_and_ends(merged, tmp_path):
     reference = "modeling_own.Own", str(merged)
     with distrusted():
-        with pytest.raises(EPMQInputError, match=r"code of its own \(`modeling_own.py`\)") as caught:
+        with pytest.raises(
+            EPMQInputError, match=r"code of its own \(`modeling_own.py`\)"
+        ) as caught:
             dynamic_module_utils.get_class_from_dynamic_module(*reference)
         with distrusted(False):
             pass

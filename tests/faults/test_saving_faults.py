@@ -175,6 +175,37 @@ test_a_checkpoint_that_survived_loads = pytest.mark.fault(
 
 
 @pytest.mark.fault(
+    "F39",
+    injected="SIGKILL to `epmq-gptq quantize` while the merge that it made lies beside the output",
+    outcome="The output is not there; the merge goes with the next run that names the output.",
+)
+def test_a_kill_after_a_temporary_merge(models, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one row of some words"}\n' * 4)
+    experts = {name: str(models / name) for name in sorted(NAMES)}
+    recipe = {"merge": {"method": "average"}, "experts": experts, "quantize": {"group_size": 32}}
+    recipe["calibration"] = dict.fromkeys(experts, "rows.jsonl")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    script = (
+        "import os, signal, sys\n"
+        "from epmq_gptq import cli, pipeline\n"
+        "pipeline.load_merged = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.argv = ['epmq-gptq', 'quantize', 'recipe.json', '--out', 'out']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / ".out.merge" / "merged" / "model.safetensors").is_file()
+    assert check_output(tmp_path / "out", {}, False) == tmp_path / "out"
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.json", "rows.jsonl"}
+
+
+@pytest.mark.fault(
     "F43",
     injected="A second process saves to the folder that a first one is saving to",
     outcome='The second is refused (`EPMQ-F45`, "another process is writing"); the first finishes.',
