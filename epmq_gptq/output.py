@@ -278,14 +278,22 @@ def _written(target: Path) -> Iterator[Path]:
                 shutil.rmtree(former, ignore_errors=True)
 
 
-def _own(partial: Path, target: Path) -> int:
+def _own(folder: Path, target: Path) -> int:
     """Make the folder or take over a dead process's; its locked descriptor."""
     while True:
-        partial.mkdir(parents=True, exist_ok=True)
+        made = True
         try:
-            descriptor = _locked(partial)
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            made = False
+        try:
+            descriptor = _locked(folder)
         except FileNotFoundError:  # its owner ended between the two calls
             continue
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            raise _strange(folder) from error
         if descriptor is None:
             raise EPMQInputError(
                 f"another process is writing to `{target.name}` now.",
@@ -293,16 +301,30 @@ def _own(partial: Path, target: Path) -> int:
                 subject=f"`{target.name}`",
                 remedy="Wait for it, or choose another folder.",
             )
+        state = os.fstat(descriptor)
         with contextlib.suppress(FileNotFoundError):
             # Not one that was moved to its name or removed while we waited.
-            if os.path.samestat(os.fstat(descriptor), os.stat(partial)):
-                return descriptor
+            if os.path.samestat(state, os.lstat(folder)):
+                if made or state.st_uid == os.geteuid():
+                    return descriptor
+                os.close(descriptor)
+                raise _strange(folder)
         os.close(descriptor)
+
+
+def _strange(folder: Path) -> EPMQInputError:
+    # Emptying what others put there, in a place that all may write to, could empty anything.
+    return EPMQInputError(
+        f"`{folder.name}` is no folder of a run of yours.",
+        code="EPMQ-F45",
+        subject=f"`{folder.name}`",
+        remedy="Look at it and remove it, or choose another place.",
+    )
 
 
 def _locked(folder: Path) -> int | None:
     """A descriptor of a folder that holds its lock; None where another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -314,7 +336,7 @@ def _locked(folder: Path) -> int | None:
 
 
 def _put_back(former: Path, target: Path) -> None:
-    if not former.is_dir():
+    if not former.is_dir() or former.is_symlink():
         return
     if target.exists():  # killed while it removed the former one
         shutil.rmtree(former, ignore_errors=True)
@@ -355,7 +377,9 @@ def _move(partial: Path, target: Path, overwrite: bool) -> None:
             ) from error
         return
     # The one that goes is locked as well: under the hidden name it looks like a dead process's.
-    descriptor = _locked(target)
+    descriptor = None
+    with contextlib.suppress(OSError):  # one that may not be read
+        descriptor = _locked(target)
     try:
         if _exchange(partial, target):
             shutil.rmtree(partial, ignore_errors=True)

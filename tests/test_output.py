@@ -287,6 +287,34 @@ def test_leftovers_that_cannot_be_removed_are_an_error_of_ours(tmp_path, monkeyp
         check_output(tmp_path / "target", {}, False)
 
 
+@pytest.mark.parametrize("state", ["partial", "merge", "former"])
+def test_links_in_the_place_of_leftovers_are_not_followed(tmp_path, state):
+    """In a folder that all may write to, somebody else may have put one there."""
+    precious = _holding(tmp_path / "precious")
+    link = tmp_path / f".target.{state}"
+    link.symlink_to(precious)
+    with contextlib.suppress(EPMQInputError), new_folder(tmp_path / "target") as staging:
+        (staging / "new").touch()
+    with contextlib.suppress(EPMQInputError), output.claimed(link, tmp_path / "target"):
+        pass
+    assert [path.name for path in precious.iterdir()] == ["precious"]
+    if state == "partial":
+        with pytest.raises(
+            EPMQInputError, match="`.target.partial` is no folder of a run of yours"
+        ):
+            check_output(tmp_path / "target", {}, True)
+
+
+def test_a_folder_of_somebody_else_is_not_emptied(tmp_path, monkeypatch):
+    _holding(tmp_path / ".target.partial")
+    monkeypatch.setattr(output.os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(EPMQInputError, match="is no folder of a run of yours"):
+        settle(tmp_path / "target")
+    assert list((tmp_path / ".target.partial").iterdir()) != []
+    with new_folder(tmp_path / "other") as staging:  # of which it is the maker, whoever that is
+        (staging / "new").touch()
+
+
 def test_without_locks_it_works_as_well(tmp_path, monkeypatch):
     """Some network file systems have none."""
 
