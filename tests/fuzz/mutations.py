@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from typing import Any
 
 import yaml
@@ -45,6 +46,7 @@ def mangled(draw, content: bytes) -> bytes:
 def rebuilt(draw, tree: Any) -> Any:
     """A tree of plain data with some values, keys and entries replaced, taken out or doubled."""
     tree = json.loads(json.dumps(tree))
+    fresh = odd.map(deepcopy)  # those of the pool are mutated in their new places
     for _ in range(draw(st.integers(1, 3))):
         parent, node = None, tree
         while isinstance(node, (dict, list)) and node and (parent is None or draw(st.booleans())):
@@ -52,7 +54,7 @@ def rebuilt(draw, tree: Any) -> Any:
             parent, key = node, draw(st.sampled_from(keys))
             node = parent[key]
         if parent is None:
-            return draw(odd)
+            return draw(fresh)
         kind = draw(st.sampled_from("replace replace replace remove add wrap".split()))
         if kind == "remove":
             del parent[key]
@@ -62,11 +64,11 @@ def rebuilt(draw, tree: Any) -> Any:
             parent[draw(st.sampled_from(sorted(map(str, parent))) | st.text(max_size=8))] = draw(
                 odd
             )
-            parent[str(draw(odd))] = node
+            parent[str(draw(fresh))] = node
         elif kind == "add":
-            parent.insert(draw(st.integers(0, len(parent))), draw(odd))
+            parent.insert(draw(st.integers(0, len(parent))), draw(fresh))
         else:
-            parent[key] = draw(odd)
+            parent[key] = draw(fresh)
     return tree
 
 

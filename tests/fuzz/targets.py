@@ -10,11 +10,12 @@ from mutations import json_files, safetensors_files, yaml_files
 
 from epmq_gptq.adapters import Adapter
 from epmq_gptq.checkpoints import Checkpoint, check_folder
-from epmq_gptq.engines.checkpoint import read_checkpoint
-from epmq_gptq.folders import read_json
+from epmq_gptq.engines.check import ENGINES, check_checkpoint
 from epmq_gptq.lineage.read import read_lineage
+from epmq_gptq.preflight.structure import normalised
 from epmq_gptq.recipe import Recipe
 from epmq_gptq.recorded.bundle import Bundle
+from epmq_gptq.regret.page import report_page
 from epmq_gptq.regret.retention import read_retention
 from epmq_gptq.regret.run import read_report
 
@@ -33,13 +34,12 @@ def read_model(folder: Path) -> Any:
         assert tuple(tensor.shape) == info.shape and tensor.numel() == info.numel
         if info.shape and info.shape[0]:
             checkpoint.read_rows(name, 0, 1)
-    return names, checkpoint.config(), checkpoint.digest()
+    return names, normalised(checkpoint.config()), checkpoint.digest()
 
 
 def read_quantized(folder: Path) -> Any:
-    """What `epmq-gptq check` looks at."""
-    checkpoint = Checkpoint(folder, what="the checkpoint")
-    return read_checkpoint(checkpoint, read_json(folder, "quantize_config.json", "the checkpoint"))
+    """What `epmq-gptq check` says of it, for every engine."""
+    return check_checkpoint(folder, engines=[*ENGINES, "TGI"], tensor_parallel=2).to_dict()
 
 
 def read_bundle(folder: Path) -> Any:
@@ -59,6 +59,11 @@ def read_adapter(folder: Path) -> Any:
     """An adapter's options and factors."""
     adapter = Adapter.open(folder, what="expert `x`")
     return adapter.base, adapter.modules, adapter.digest()
+
+
+def read_figures(folder: Path) -> Any:
+    """The page of a report, with its evaluation if there is one."""
+    return report_page(read_report(folder), retention=read_retention(folder))
 
 
 class Target(NamedTuple):
@@ -110,7 +115,7 @@ TARGETS = [
     Target("adapter", "adapter_model.safetensors", safetensors_files, read_adapter),
     Target("bundle", "index.json", json_files, read_bundle),
     Target("bundle", "00001.safetensors", safetensors_files, read_bundle),
-    Target("report", "epmq_report.json", json_files, read_report),
+    Target("report", "epmq_report.json", json_files, read_figures),
     Target("retention", "epmq_evaluation.json", json_files, read_retention),
 ]
 # Readers of one file: nothing else is in their folder.
