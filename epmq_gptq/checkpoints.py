@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -45,6 +46,9 @@ MAX_TENSORS = 1_000_000
 MAX_INDEX_BYTES = 100_000_000
 # Files besides `config.json` that a host reads before anything else, and must be able to.
 _CONFIGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+
+# Keys of a configuration that say what computes attention, or a layer's routed modules.
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -146,15 +150,34 @@ def check_folder(path: Path, *, what: str) -> None:
 
     Raises:
         EPMQInputError: a file that a host would read is not in the folder, a configuration is not
-            a JSON object, or the weights cannot be opened, see :class:`Checkpoint`.
+            a JSON object or names code of a hub, or the weights cannot be opened, see
+            :class:`Checkpoint`.
     """
     check_links(path, what)
     checkpoint = Checkpoint(path, what=what)
     checkpoint.close()
-    checkpoint.config()
+    _refuse_kernels(checkpoint.config(), what)
     for name in _CONFIGS:
         if (path / name).is_file():
             read_json(path, name, what)
+
+
+def _refuse_kernels(config: Any, what: str) -> None:
+    """Refuse a configuration for which transformers would fetch a kernel and run it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_kernels(value, what)
+        if _IMPLEMENTATION.fullmatch(key):
+            named = value.values() if isinstance(value, dict) else [value]
+            kernel = next((one for one in named if isinstance(one, str) and "/" in one), None)
+            if kernel is not None:
+                raise EPMQInputError(
+                    f"{what}: `config.json` has `{key}` {kernel!r}, for which transformers would "
+                    "fetch code from the hub and run it.",
+                    code="EPMQ-F57",
+                    subject="`config.json`",
+                    remedy="Remove the key, if you know who wrote the file; no model needs it.",
+                )
 
 
 # (file, bytes, time of change, inode) -> SHA-256. A merge and the quantization after it describe

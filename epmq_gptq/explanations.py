@@ -392,13 +392,16 @@ _ENTRIES: dict[str, Explanation] = {
         "give this run a folder of its own. [EPMQ-F43]",
     ),
     "EPMQ-F44": Explanation(
-        means="Looked at before the run, and again while the checkpoint is written; what was "
-        "begun is removed.",
-        cause="The disk of `--out` is nearly full. A recipe with `merge` needs room for the merged "
-        "model as well.",
-        remedy="Free some space, or choose another disk. `epmq-gptq inspect` estimates the size.",
-        example="error: `out` should be on a disk with 482,976 bytes free, got 482,975. Free some "
-        "space or choose another disk. [EPMQ-F44]",
+        means="Looked at before the run, before the checkpoint is written, and while it is; what "
+        "was begun is removed. In Python the model stays in memory, and `save` elsewhere works.",
+        cause="The disk of `--out` is nearly full, or that of the temporary folder, where finished "
+        "layers wait. A recipe with `merge` needs room for the merged model as well.",
+        remedy="Free some space, or choose another disk; the variable TMPDIR moves the temporary "
+        "folder. `epmq-gptq inspect` estimates the size.",
+        example="error: the run needs a disk with 96,640 bytes free, got 96,639 (71,040 for the "
+        "checkpoint, 25,600 for finished layers). Free some space, or choose other disks: `--out` "
+        "is where the checkpoint and a temporary merge go, the variable TMPDIR where layers wait. "
+        "[EPMQ-F44]",
     ),
     "EPMQ-F45": Explanation(
         cause="The folder is not empty, lies inside a model that is being read, or cannot be "
@@ -478,6 +481,18 @@ _ENTRIES: dict[str, Explanation] = {
         example="error: the checkpoint: no GPTQ checkpoint: it holds no packed layer "
         "(`….qweight`). Give the folder that `save` or GPTQModel wrote. [EPMQ-F56]",
     ),
+    "EPMQ-F57": Explanation(
+        means="A configuration is data. This one would make transformers run code that its author "
+        "chose: a kernel of the hub, or a module of the model's folder.",
+        cause="`attn_implementation` in `config.json` is a hub id: a trap, or a model that was "
+        "saved while such a kernel was in use. Or transformers does not know the architecture, and "
+        "`auto_map` names a module for it.",
+        remedy="Remove the key from `config.json`, if you know who wrote it; results do not depend "
+        "on it. For a module, pass `trust_remote_code=True` in Python once you have read it.",
+        example="error: `merged`: `config.json` has `attn_implementation` 'org/kernel', for which "
+        "transformers would fetch code from the hub and run it. Remove the key, if you know who "
+        "wrote the file; no model needs it. [EPMQ-F57]",
+    ),
     "EPMQ-H01": Explanation(
         means="A warning. Every fast kernel is compared with its reference on your device before "
         "it is used.",
@@ -532,6 +547,16 @@ _ENTRIES: dict[str, Explanation] = {
         "expected) is damaged: Error while deserializing header: incomplete metadata, file not "
         "fully covered. Nothing was left there and the model is still in memory: `save` again, if "
         "need be to another disk. [EPMQ-S01]",
+    ),
+    "EPMQ-S02": Explanation(
+        means="A warning. The folder that stood there before is at its place again, whole; of the "
+        "new one nothing is left.",
+        cause="The process was killed, or the machine went down, between two renames at the end of "
+        "a save with `overwrite`. Where the system can exchange two folders in one step, as Linux "
+        "can, there is no such moment.",
+        remedy="Run it again with `overwrite` if the folder is still to be replaced.",
+        example="warning: a save to `out` was cut off while it replaced the folder that stood "
+        "there; that one was put back. [EPMQ-S02]",
     ),
     "EPMQ-P01": Explanation(
         means="Nothing was sent.",

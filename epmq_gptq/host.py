@@ -59,6 +59,7 @@ from .recorded.bundle import Bundle
 from .recorded.processor import RecordedProcessor
 from .recorded.recording import about_run
 from .recorded.requantize import check_linears
+from .remote_code import distrusted
 from .resume.adapter import EPMQCheckpointAdapter, total_spent
 from .resume.digests import remembered
 from .resume.identity import run_identity
@@ -129,6 +130,11 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     ),
     "first inputs": (BaseQModel, "run_input_capture", ("example", "use_cache", "data_device")),
     "tokenizer": (host_loader, "load_hf_tokenizer", ()),
+    "remote code": (
+        host_loader,
+        "prepare_remote_model_init_compat",
+        ("model_id_or_path", "config"),
+    ),
     "root tensors": (host_loader, "load_checkpoint_in_model_then_tie_weights", ("model",)),
     "loop": (ModuleLooper, "__init__", ("model", "processors", "extensions")),
     "end of the loop": (ModuleLooper, "wait_dangling_threads", ()),
@@ -300,6 +306,8 @@ def _checked_loader(host_load):
                     require_pinned=quantize_config.require_pinned,
                 )
             )
+            with distrusted(options.get("trust_remote_code") is not True):
+                return host_load(cls, model_id_or_path, quantize_config, *arguments, **options)
         return host_load(cls, model_id_or_path, quantize_config, *arguments, **options)
 
     return load

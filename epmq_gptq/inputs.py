@@ -42,10 +42,10 @@ def folder_rules(folder: Path) -> Rules:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(str(folder))
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     tokenizer = None
     if any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     form = form_of(config)
     if form is IMAGES:
         return ImageRules.of(config, folder, tokenizer)

@@ -7,8 +7,6 @@ first, the merge next, the model last.
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +225,7 @@ def _merged_folder(
 ) -> Iterator[Path]:
     """The folder of the merged model; a temporary one is gone afterwards."""
     from .checkpoints import resolve_source
+    from .output import claimed, hidden
 
     if recipe.merge is None:
         yield resolve_source(recipe.source(recipe.merged), what="`merged`").path
@@ -237,16 +236,15 @@ def _merged_folder(
         yield place
         return
     missing = [place for place in out.parents if not place.exists()]
-    # Beside the output: the temporary folder of a machine is often too small for a model.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.merge-", dir=out.parent))
     try:
-        # Its last part is what the provenance publishes.
-        place = scratch / "merged"
-        run_merge(recipe, place, device, reporter, options.batch_size)
-        yield place
+        # Beside the output: the temporary folder of a machine is often too small for a model. What
+        # a killed run left there goes.
+        with claimed(hidden(out, "merge"), out) as scratch:
+            # Its last part is what the provenance publishes.
+            place = scratch / "merged"
+            run_merge(recipe, place, device, reporter, options.batch_size)
+            yield place
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
         for place in missing:
             with contextlib.suppress(OSError):  # it holds the checkpoint
                 place.rmdir()

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .console import Reporter
 from .errors import EPMQInputError
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .output import Need
+
+_IN_LAYER = re.compile(r"\.\d+\.")
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:
@@ -77,21 +85,28 @@ def check_places(recipe: Recipe, out: Path, overwrite: bool, resume: Path | None
     Raises:
         EPMQInputError: naming the model or the place.
     """
-    from .output import check_output, check_space
+    from .output import check_disks, check_output
 
-    folders, needed = _open_models(recipe)
-    target = check_output(out, folders, overwrite, option="--out")
+    folders, needs = _open_models(recipe, out, resume)
+    check_output(out, folders, overwrite, option="--out")
     if recipe.merge is not None and recipe.merge.keep is not None:
         _check_keep(recipe.place(recipe.merge.keep), out, folders)
-    check_space(target, needed)
+    check_disks(
+        needs,
+        option="the run",
+        remedy="Free some space, or choose other disks: `--out` is where the checkpoint and a "
+        "temporary merge go, the variable TMPDIR where layers wait.",
+    )
     if resume is not None:
         from .resume.session import check_root
 
-        check_root(resume, folders | {"output": target}, option="--resume")
+        check_root(resume, folders | {"output": out}, option="--resume")
 
 
-def _open_models(recipe: Recipe) -> tuple[dict[str, Path], int]:
-    """What errors call each model → its folder; and the bytes that the run will write at least."""
+def _open_models(
+    recipe: Recipe, out: Path, resume: Path | None
+) -> tuple[dict[str, Path], list[Need]]:
+    """What errors call each model → its folder; and what the run will write at least."""
     from .checkpoints import check_folder, open_checkpoint
     from .experts import Experts
 
@@ -99,13 +114,14 @@ def _open_models(recipe: Recipe) -> tuple[dict[str, Path], int]:
     if recipe.merge is not None:  # which takes whole models only
         specs = {} if recipe.merge.base is None else {"`merge.base`": recipe.merge.base}
         specs |= {f"expert `{name}`": spec for name, spec in recipe.experts.items()}
-    folders, sizes = {}, []
+    folders, needs = {}, []
     for what, spec in specs.items():
         checkpoint, source = open_checkpoint(recipe.source(spec), what=what)
         _refuse_quantized(checkpoint, what)
         check_folder(source.path, what=what)
         folders[what] = source.path
-        sizes.append(_needed_bytes(checkpoint, recipe))
+        # All models of a merge are of one size.
+        needs = needs or _needs(checkpoint, recipe, out, resume)
         checkpoint.close()
     if recipe.merge is None:
         experts = Experts(
@@ -114,7 +130,7 @@ def _open_models(recipe: Recipe) -> tuple[dict[str, Path], int]:
         )
         folders |= experts.folders
         experts.close()
-    return folders, sizes[0]
+    return folders, needs
 
 
 def _refuse_quantized(checkpoint, what: str) -> None:
@@ -127,15 +143,34 @@ def _refuse_quantized(checkpoint, what: str) -> None:
         )
 
 
-def _needed_bytes(checkpoint, recipe: Recipe) -> int:
-    """The least that the result of this model takes; with a temporary merge, both."""
-    infos = [checkpoint.info(name) for name in checkpoint]
+def _needs(checkpoint, recipe: Recipe, out: Path, resume: Path | None) -> list[Need]:
+    """What is written where, at least: the checkpoint, layers that wait for it, and the merge."""
+    from .output import Need
+
     bits = recipe.quantize.get("bits", 4)
     bits = int(bits) if bits in range(2, 9) else 2  # refused later, with its rule
-    needed = sum(info.numel for info in infos) * bits // 8
-    if recipe.merge is not None and recipe.merge.keep is None:
-        needed += sum(i.numel * (i.torch_dtype.itemsize if i.torch_dtype else 1) for i in infos)
-    return needed
+    packed = dense = merge = 0
+    for info in map(checkpoint.info, checkpoint):
+        stored = info.numel * (info.torch_dtype.itemsize if info.torch_dtype else 1)
+        merge += stored
+        # What is quantized is a matrix of a numbered layer. Others stay as they are; what the run
+        # would store in half precision is counted as that.
+        if len(info.shape) == 2 and _IN_LAYER.search(info.name):
+            packed += info.numel * bits // 8
+        else:
+            dense += min(stored, 2 * info.numel)
+    needs = [Need(out, packed + dense, "the checkpoint")]
+    if resume is not None:
+        # Finished layers are there twice: in the store, and where the host moves them.
+        needs.append(Need(resume, 2 * packed, "what it goes on from after a kill"))
+    elif recipe.quantize.get("offload_to_disk", True):
+        # The host moves every finished layer to the temporary folder until it is saved.
+        needs.append(Need(Path(tempfile.gettempdir()), packed, "finished layers"))
+    if recipe.merge is not None:
+        keep = recipe.merge.keep
+        place = out if keep is None else recipe.place(keep)
+        needs.append(Need(place, merge, "the merged model"))
+    return needs
 
 
 def _check_keep(keep: Path, out: Path, folders: Mapping[str, Path]) -> None:

@@ -546,6 +546,7 @@ class EPMQProcessor(GPTQProcessor):
                 "reports": json.dumps([asdict(report) for report in self.reports], default=float),
                 "shared": [self.shared_groups, self.shared_layers],
                 "generation": self._shared_input_capture_generation,
+                "rounded": {one.module: one.rounded for one in self.reports},
             }
         if self.recording is not None:
             state["epmq"]["recorded"] = json.dumps(self.recording.recorder.state())
@@ -560,6 +561,8 @@ class EPMQProcessor(GPTQProcessor):
             state | {key: json.loads(state[key]) for key in _TEXTS}
         )
         self.reports = [ModuleReport.from_dict(one) for one in json.loads(own["reports"])]
+        for report in self.reports:
+            report.rounded = own["rounded"][report.module]
         self.shared_groups, self.shared_layers = own["shared"]
         self._shared_input_capture_generation = own["generation"]
         if self.recording is not None:

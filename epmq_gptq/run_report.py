@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 # What a saved checkpoint keeps it in, and the version of that file.
 REPORT_NAME = "epmq_report.json"
@@ -88,6 +88,10 @@ class ModuleReport:
     held_out_gain: float | None = None
     bias_shift: float | None = None
     experts: dict[str, ExpertError] = field(default_factory=dict)
+
+    # The first and the last row of the rounded weight, (2, d) fp16, with which what a save wrote
+    # is compared. No part of the report, so that it is not written.
+    rounded: ClassVar[Any] = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModuleReport:

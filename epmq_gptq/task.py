@@ -197,6 +197,7 @@ class EPMQ(GPTQ):
         with ROOMS.of(self.module.weight.device, size) as fits:
             self._tight = not fits
             result = self._quantized(blocksize)
+            self.report.rounded = self._matrix(result[0])[[0, -1]].half().cpu()
         self.report.seconds += time.perf_counter() - start
         return result
 

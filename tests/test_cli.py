@@ -473,9 +473,18 @@ def test_a_full_disk_and_a_closed_folder_are_refused_at_once(
             self.free = free[-1]
 
     monkeypatch.setattr(output.shutil, "disk_usage", Usage)
-    entries = sum(t.numel() for t in load_file(models[0] / "model.safetensors").values())
+    tensors = load_file(models[0] / "model.safetensors")
+    entries = sum(t.numel() for t in tensors.values())
+    packed = sum(t.numel() for n, t in tensors.items() if t.ndim == 2 and ".layers." in n) // 2
+    checkpoint = packed + 2 * (entries - 2 * packed)
     merging = {"merged": None, "merge": {"method": "average"}}
-    for changes, needed in [({}, entries // 2), (merging, entries // 2 + 4 * entries)]:
+    # The temporary folder, where finished layers wait, is on the same disk here.
+    in_memory = {"quantize": {"bits": 4, "group_size": 32, "offload_to_disk": False}}
+    for changes, needed in [
+        ({}, checkpoint + packed),
+        (in_memory, checkpoint),
+        (merging, checkpoint + packed + 4 * entries),
+    ]:
         free.append(needed - 1)
         path = recipe(**changes)
         refused(run("quantize", path, "--out", tmp_path / "out"), f"{needed:,}", "[EPMQ-F44]")

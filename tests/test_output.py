@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import time
+import warnings
 from pathlib import Path
 
 import pytest
 
 from epmq_gptq import output
-from epmq_gptq.errors import EPMQError, EPMQInputError
-from epmq_gptq.output import check_output, check_space, check_writable, new_folder
+from epmq_gptq.errors import EPMQError, EPMQInputError, EPMQWarning
+from epmq_gptq.output import check_output, check_space, check_writable, new_folder, settle
 
 
 @pytest.fixture
@@ -177,10 +181,160 @@ def test_a_failed_move_puts_the_old_folder_back(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         real(source, destination)
 
+    monkeypatch.setattr(output, "_exchange", lambda one, other: False)
     monkeypatch.setattr(output.os, "replace", replace)
     with pytest.raises(OSError, match="Input/output error"), new_folder(target) as staging:
         (staging / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "old"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_an_interrupt_at_the_move_leaves_the_old_or_the_new_folder(
+    tmp_path, monkeypatch, exchanges
+):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+    real = os.replace
+
+    def replace(source, destination):
+        real(source, destination)
+        raise KeyboardInterrupt
+
+    if not exchanges:
+        monkeypatch.setattr(output, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(output.os, "replace", replace)
+    with contextlib.suppress(KeyboardInterrupt), new_folder(target) as staging:
+        (staging / "new").touch()
+    (left,) = target.iterdir()
+    assert left.name == ("new" if exchanges else "old")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_two_folders_are_exchanged_in_one_step(tmp_path):
+    if not output._exchange(*map(_holding, (tmp_path / "a", tmp_path / "b"))):
+        pytest.skip("this system cannot")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert not output._exchange(tmp_path / "a", tmp_path / "absent")
+
+
+def _holding(folder):
+    folder.mkdir()
+    (folder / folder.name).touch()
+    return folder
+
+
+def test_what_was_written_meanwhile_is_not_replaced_unasked(tmp_path):
+    target = tmp_path / "target"
+    with pytest.raises(EPMQInputError, match="was written to `target` during the run") as caught:
+        with new_folder(target, overwrite=False) as staging:
+            (staging / "mine").touch()
+            _holding(target)
+    assert caught.value.code == "EPMQ-F45"
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "target"]
+
+
+# ---- what a process that was killed left ---------------------------------------------------------
+
+
+def test_a_folder_that_is_being_written_belongs_to_one_writer(tmp_path):
+    target = tmp_path / "target"
+    with new_folder(target) as staging:
+        (staging / "mine").touch()
+        with pytest.raises(EPMQInputError, match="another process is writing to `target` now"):
+            check_output(target, {}, True)
+        with pytest.raises(EPMQInputError, match="another process"), new_folder(target):
+            pytest.fail("there are two writers")
+    assert [path.name for path in target.iterdir()] == ["mine"]
+
+
+def test_what_a_killed_process_left_is_cleared_up(tmp_path):
+    target, partial, former = (
+        tmp_path / n for n in ("target", ".target.partial", ".target.former")
+    )
+    _holding(partial)
+    _holding(tmp_path / ".target.merge")
+    settle(target)
+    assert list(tmp_path.iterdir()) == []
+    with output.claimed(output.hidden(target, "merge"), target) as merge:
+        settle(target)  # not that of a run that goes on
+        assert merge.is_dir()
+    # Between the two renames: the old folder comes back, and is told of.
+    _holding(partial)
+    _holding(former)
+    with pytest.warns(EPMQWarning, match="`target` was cut off .* was put back") as caught:
+        with pytest.raises(EPMQInputError, match="`out` should be new or empty"):
+            check_output(target, {}, False)
+    assert caught[0].message.code == "EPMQ-S02"
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", ".target.former"]
+    # While the old one was being removed.
+    _holding(former)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with new_folder(target) as staging:
+            (staging / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "new"]
+
+
+def test_leftovers_that_cannot_be_removed_are_an_error_of_ours(tmp_path, monkeypatch):
+    _holding(tmp_path / ".target.partial")
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(output, "_empty", refuse)
+    with pytest.raises(EPMQInputError, match="cannot be cleared up: Permission denied"):
+        check_output(tmp_path / "target", {}, False)
+
+
+@pytest.mark.parametrize("state", ["partial", "merge", "former"])
+def test_links_in_the_place_of_leftovers_are_not_followed(tmp_path, state):
+    """In a folder that all may write to, somebody else may have put one there."""
+    precious = _holding(tmp_path / "precious")
+    link = tmp_path / f".target.{state}"
+    link.symlink_to(precious)
+    with contextlib.suppress(EPMQInputError), new_folder(tmp_path / "target") as staging:
+        (staging / "new").touch()
+    with contextlib.suppress(EPMQInputError), output.claimed(link, tmp_path / "target"):
+        pass
+    assert [path.name for path in precious.iterdir()] == ["precious"]
+    if state == "partial":
+        with pytest.raises(
+            EPMQInputError, match="`.target.partial` is no folder of a run of yours"
+        ):
+            check_output(tmp_path / "target", {}, True)
+
+
+def test_a_folder_of_somebody_else_is_not_emptied(tmp_path, monkeypatch):
+    _holding(tmp_path / ".target.partial")
+    monkeypatch.setattr(output.os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(EPMQInputError, match="is no folder of a run of yours"):
+        settle(tmp_path / "target")
+    assert list((tmp_path / ".target.partial").iterdir()) != []
+    with new_folder(tmp_path / "other") as staging:  # of which it is the maker, whoever that is
+        (staging / "new").touch()
+
+
+def test_without_locks_it_works_as_well(tmp_path, monkeypatch):
+    """Some network file systems have none."""
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(output.fcntl, "flock", refuse)
+    for name in ("one", "two"):
+        with new_folder(tmp_path / "target") as staging:
+            (staging / name).touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "two"]
+
+
+def test_sigterm_is_an_exception_only_while_something_is_written(tmp_path):
+    with pytest.raises(SystemExit) as caught, new_folder(tmp_path / "target") as staging:
+        (staging / "half").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert caught.value.code == 143 and list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 class SafetensorError(Exception):
@@ -192,6 +346,7 @@ class SafetensorError(Exception):
     [
         OSError(28, "No space left on device"),
         OSError(122, "Disk quota exceeded"),
+        OSError(28, "No space left on device", "/somewhere"),
         SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
     ],
 )
@@ -202,3 +357,10 @@ def test_a_disk_that_runs_full_is_said_to_be_full(tmp_path, error):
             raise error
     assert caught.value.code == "EPMQ-F44" and caught.value.__cause__ is error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_of_file_sizes_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(EPMQError, match="lets no file at `out` grow that large") as caught:
+        with new_folder(tmp_path / "out"):
+            raise OSError(27, "File too large")
+    assert caught.value.code == "EPMQ-F44"

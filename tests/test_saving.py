@@ -11,9 +11,10 @@ import tiny
 import torch
 from judge import stored
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from epmq_gptq import EPMQConfig, EPMQError, EPMQInputError
-from epmq_gptq.saving import verify_checkpoint
+from epmq_gptq.saving import tensors_of, verify_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -155,15 +156,84 @@ def test_a_save_that_fails_leaves_nothing_and_can_be_repeated(model, tmp_path, m
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_what_was_written_is_read_back(model, tmp_path):
+@pytest.fixture
+def written(model, tmp_path):
+    """A saved checkpoint, and what it is compared with."""
     model.save(str(tmp_path / "out"))
-    modules = [m.module for m in model.epmq_report.modules]
-    verify_checkpoint(tmp_path / "out", modules)
-    with pytest.raises(EPMQError, match=r"lacks `model.layers.9.x.qweight`"):
-        verify_checkpoint(tmp_path / "out", [*modules, "model.layers.9.x"])
-    file = tmp_path / "out" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(EPMQError, match="is damaged.*`save` again") as caught:
-        verify_checkpoint(tmp_path / "out", modules)
+    tensors = {
+        name: torch.empty(t.shape, device="meta") for name, t in tensors_of(model.model).items()
+    }
+    return tmp_path / "out", model.epmq_report.modules, tensors
+
+
+def not_as_written(written, says):
+    with pytest.raises(EPMQError, match=says) as caught:
+        verify_checkpoint(*written)
     # A failed save, not a bad input.
     assert type(caught.value) is EPMQError and caught.value.code == "EPMQ-S01"
+
+
+def change(folder, **changes):
+    """Write the tensors of a checkpoint again: part → what becomes of it; None leaves it out."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for part, value in changes.items():
+        name = f"model.layers.0.mlp.up_proj.{part}"
+        old = tensors.pop(name)
+        if value is not None:
+            tensors[name] = value(old).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+DAMAGES = {
+    "no g_idx": ({"g_idx": None}, "lacks `model.layers.0.mlp.up_proj.g_idx`"),
+    "cut": ({"qweight": lambda t: t[:-4]}, r"in the shape \(4, 128\), not \(8, 128\)"),
+    "infinite": ({"scales": lambda t: t.index_fill(0, torch.tensor([1]), float("inf"))}, "128 non"),
+    "other codes": (
+        {"qweight": lambda t: t.roll(1, 0)},
+        "other weights for `model.layers.0.mlp.up",
+    ),
+    "other scales": ({"scales": lambda t: t * 1.05}, "holds other weights for"),
+    "other order": ({"g_idx": lambda t: t.flip(0)}, "holds other weights for"),
+    "no such group": ({"g_idx": lambda t: t + 1}, "beyond its 2 groups"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_was_written_is_read_back(written, damage):
+    verify_checkpoint(*written)
+    changes, says = DAMAGES[damage]
+    change(written[0], **changes)
+    not_as_written(written, says)
+
+
+def test_files_that_were_cut_or_contradict_one_another_are_no_save(written):
+    folder, modules, tensors = written
+    not_as_written((folder, modules, tensors | {"x": torch.ones(1)}), "lacks `x`")
+    fewer = {name: t for name, t in tensors.items() if name != "model.norm.weight"}
+    not_as_written((folder, modules, fewer), "holds `model.norm.weight`, which the model lacks")
+    not_as_written((folder, modules[1:], tensors), "has other packed layers")
+    config = json.loads((folder / "quantize_config.json").read_text())
+    for changes, says in (
+        ({"bits": 8}, "has `bits` 4 in `config.json` and 8 in"),
+        ({"sym": False}, "has `sym` True in"),
+        ({"bits": None}, "lacks the quantization in `quantize_config.json`"),
+    ):
+        text = {key: value for key, value in (config | changes).items() if value is not None}
+        (folder / "quantize_config.json").write_text(json.dumps(text))
+        not_as_written(written, says)
+    (folder / "quantize_config.json").write_text(json.dumps(config))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    not_as_written(written, "is damaged.*`save` again")
+
+
+def test_the_disk_must_have_room_for_all_that_is_written(model, tmp_path, monkeypatch):
+    model.save(str(tmp_path / "out"))
+    size = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    needed = []
+    monkeypatch.setattr(
+        "epmq_gptq.saving.check_space", lambda target, needs, **options: needed.append(needs)
+    )
+    model.save(str(tmp_path / "other"))
+    assert size < needed[0] < 1.1 * size + (1 << 20)

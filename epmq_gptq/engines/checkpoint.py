@@ -212,10 +212,9 @@ def _shapes(store: Store, modules: Modules, export: Export) -> tuple[dict[str, S
 
 
 def _head_faults(store: Store, config: Mapping[str, Any]) -> list[str]:
-    architectures = config.get("architectures") or [""]
-    if config.get("tie_word_embeddings") is not False or not str(architectures[0]).endswith(
-        "ForCausalLM"
-    ):
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
+    if config.get("tie_word_embeddings") is not False or not architecture.endswith("ForCausalLM"):
         return []
     # `lm_head.weight`, or the parts of a packed one.
     if any(name.split(".")[-2:-1] and name.split(".")[-2] in _HEADS for name in store):

@@ -7,7 +7,7 @@ groups an input belongs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,6 +112,52 @@ def _words(value: int, bits: int, planes: bool) -> list[int]:
         packed = sum(value << bits * index for index in range(WORD))
     words = [packed >> WORD * index & 0xFFFFFFFF for index in range(bits)]
     return [word - (1 << WORD) if word >> (WORD - 1) else word for word in words]
+
+
+def unpacked(words: torch.Tensor, bits: int, *, planes: bool) -> torch.Tensor:
+    """The codes of packed words, ``(..., n)`` int32 → ``(..., 32·⌈n/bits⌉)`` int64.
+
+    Args:
+        words: 32 codes lie in ``bits`` words, one after the other or in planes.
+        bits: of a code.
+        planes: whether the format is ``gptq_p``.
+    """
+    lacking = -words.shape[-1] % bits
+    blocks = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, lacking))
+    blocks = blocks.unflatten(-1, (-1, bits))
+    in_planes = bits in _ALWAYS_PLANES or (planes and bits in _PLANES)
+    codes = blocks.new_zeros(*blocks.shape[:-1], WORD)
+    at = offset = 0
+    for width in _PLANES[bits] if in_planes else (bits,):
+        position = at + width * torch.arange(WORD)
+        word, shift = position // WORD, position % WORD
+        # A code may end in the next word. Where it does not, that word's bits lie above the mask.
+        following = (word + 1).clamp(max=bits - 1)
+        field = blocks[..., word] >> shift | blocks[..., following] << (WORD - shift)
+        codes |= (field & ((1 << width) - 1)) << offset
+        at += WORD * width
+        offset += width
+    return codes.flatten(-2)
+
+
+def dequantized_rows(
+    parts: Mapping[str, torch.Tensor], rows: Sequence[int], shape: Shape, format: str
+) -> torch.Tensor:
+    """Some rows of ``W``, ``(len(rows), K)`` fp32, from the definition of the format.
+
+    Args:
+        parts: ``qweight``, ``qzeros``, ``scales`` and ``g_idx``.
+        rows: outputs.
+        shape: of the layer.
+        format: ``"gptq"``, ``"gptq_v2"`` or ``"gptq_p"``.
+    """
+    rows, planes = list(rows), format == "gptq_p"
+    codes = unpacked(parts["qweight"][:, rows].T, shape.bits, planes=planes)[:, : shape.inputs]
+    zeros = unpacked(parts["qzeros"], shape.bits, planes=planes)[:, rows]  # (G, rows)
+    if format == "gptq":
+        zeros = (zeros + 1) & ((1 << shape.bits) - 1)
+    groups = parts["g_idx"].long()
+    return (codes - zeros[groups].T).float() * parts["scales"][:, rows].float()[groups].T
 
 
 def is_plain_order(g_idx: torch.Tensor, group_size: int) -> bool:

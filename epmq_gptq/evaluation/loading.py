@@ -55,7 +55,7 @@ class Loaded:
         if self._tokenizer is None:
             try:
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    self.path, local_files_only=True
+                    self.path, local_files_only=True, trust_remote_code=False
                 )
             except (OSError, ValueError, KeyError) as error:
                 raise EPMQInputError(
@@ -224,6 +224,8 @@ def _host_module(
 ) -> torch.nn.Module:
     from gptqmodel import BACKEND, GPTQModel
 
+    from ..remote_code import distrusted
+
     backend = BACKEND.AUTO
     if dense or device == "cpu":
         backend = BACKEND.AWQ_TORCH if method == "awq" else BACKEND.GPTQ_TORCH
@@ -231,4 +233,5 @@ def _host_module(
         from ..models.loading import load_clip
 
         return load_clip(path, device=device, dtype=dtype, backend=backend)
-    return GPTQModel.load(os.fspath(path), device=device, dtype=dtype, backend=backend).model
+    with distrusted():
+        return GPTQModel.load(os.fspath(path), device=device, dtype=dtype, backend=backend).model

@@ -35,6 +35,7 @@ def load_clip(
     from ..errors import EPMQInputError
     from ..folders import read_json
     from ..host import install
+    from ..remote_code import distrusted
     from .clip import DEFINITIONS
 
     install()
@@ -46,7 +47,8 @@ def load_clip(
             subject=f"`{Path(folder).name}`",
             remedy="Load it with `GPTQModel.load`.",
         )
-    model = GPTQModel.load(
-        str(folder), device=device, dtype=torch.float16 if dtype is None else dtype, **options
-    )
+    with distrusted(options.get("trust_remote_code") is not True):
+        model = GPTQModel.load(
+            str(folder), device=device, dtype=torch.float16 if dtype is None else dtype, **options
+        )
     return model.model.eval()

@@ -123,7 +123,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = block.get("rope_type", block.get("type", "default"))
     theta = block.get("rope_theta", config.get("rope_theta"))
     partial = block.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    kind = _ROPE_TYPES.get(kind, kind)
+    kind = _ROPE_TYPES.get(kind, kind) if isinstance(kind, str) else kind
     scaling = {key: value for key, value in block.items() if key not in _ROPE_KEYS}
     if kind in _ROPE_STRETCHED:
         # Transformers 5 writes it into the block, before that it stood beside it or was left out.

@@ -28,7 +28,7 @@ def load(folder: Path) -> torch.nn.Module:
     """The model of a folder, by the class that its configuration names."""
     import transformers
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return getattr(transformers, config.architectures[0]).from_pretrained(folder).eval()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gptqmodel.utils.planar_packing import planar_pack_cols
 
-from epmq_gptq.engines.packed import group_size, is_plain_order, shape_of, zero_kind
+from epmq_gptq.engines.packed import group_size, is_plain_order, shape_of, unpacked, zero_kind
 
 
 def fields(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -82,3 +82,17 @@ def test_shapes():
 def test_group_sizes(groups, claimed, size):
     shape = shape_of(shapes(qzeros=(groups, 8), scales=(groups, 64)), 4)
     assert group_size(shape, claimed) == size
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("planes", [False, True])
+def test_packed_words_are_taken_apart(bits, planes):
+    pack = planar_pack_cols if planes or bits in (5, 6, 7) else fields
+    random = torch.Generator().manual_seed(bits)
+    codes = torch.randint(1 << bits, (3, 64), generator=random, dtype=torch.int32)
+    assert torch.equal(unpacked(pack(codes, bits), bits, planes=planes), codes.long())
+
+
+def test_words_that_are_no_whole_block():
+    codes = torch.arange(40, dtype=torch.int32).expand(2, -1) % 16
+    assert torch.equal(unpacked(fields(codes, 4), 4, planes=False)[:, :40], codes.long())
