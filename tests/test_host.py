@@ -12,7 +12,7 @@ from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization.config import GPTQConfig
 from judge import stored
 
-from epmq_gptq import EPMQConfig, EPMQHostError, EPMQInputError, host
+from epmq_gptq import EPMQConfig, EPMQHostError, EPMQInputError, host, layer_loop
 
 
 def test_the_installed_host_has_everything_we_lean_on():
@@ -73,10 +73,10 @@ def test_triton_rounds_where_nvcc_is_missing_and_it_is_exact(compiled, exact, mo
 
     hosts = gptq_cuda.gptq_block_update
     monkeypatch.setattr(gptq_cuda, "block_update_available", lambda: compiled)
-    monkeypatch.setattr(host, "triton_rounds", lambda device: exact)
+    monkeypatch.setattr(layer_loop, "triton_rounds", lambda device: exact)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with pytest.raises(ZeroDivisionError), host._fast_rounding("cuda:0"):
+        with pytest.raises(ZeroDivisionError), layer_loop._fast_rounding("cuda:0"):
             ours = not compiled and exact
             assert gptq_cuda.gptq_block_update is (triton_block_update if ours else hosts)
             assert gptq_cuda.block_update_available() is (compiled or exact)

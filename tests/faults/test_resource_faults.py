@@ -17,7 +17,7 @@ import torch
 from gptqmodel.quantization.gptq import GPTQ
 from judge import stored
 
-from epmq_gptq import EPMQConfig, EPMQDeviceError, host, out_of_memory
+from epmq_gptq import EPMQConfig, EPMQDeviceError, layer_loop, out_of_memory
 from epmq_gptq.deltas import WeightDelta
 from epmq_gptq.errors import EPMQWarning
 from epmq_gptq.kernels.gram import gram_update, mirror_
@@ -427,10 +427,10 @@ def test_odd_places(tmp_path, read_only):
 )
 def test_kernels_are_compiled_elsewhere(read_only, monkeypatch, recwarn):
     monkeypatch.setenv("HOME", str(read_only))
-    monkeypatch.delenv(host._BUILD_FOLDER, raising=False)
+    monkeypatch.delenv(layer_loop._BUILD_FOLDER, raising=False)
     for _ in range(2):
-        host._find_build_folder()
+        layer_loop._find_build_folder()
     assert [w.message.code for w in recwarn if w.category is EPMQWarning] == ["EPMQ-F45"]
-    folder = Path(os.environ[host._BUILD_FOLDER])
+    folder = Path(os.environ[layer_loop._BUILD_FOLDER])
     assert folder.is_dir() and folder.stat().st_mode & 0o777 == 0o700
     shutil.rmtree(folder)

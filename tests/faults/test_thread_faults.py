@@ -15,7 +15,7 @@ from gptqmodel.quantization.gptq import GPTQ
 from judge import stored
 from leftovers import nothing_left
 
-from epmq_gptq import EPMQConfig, EPMQDeviceError, EPMQHostError, EPMQInputError, host
+from epmq_gptq import EPMQConfig, EPMQDeviceError, EPMQHostError, EPMQInputError, host, layer_loop
 from epmq_gptq.errors import EPMQWarning
 from epmq_gptq.kernels import exact
 from epmq_gptq.processor import EPMQProcessor
@@ -143,10 +143,10 @@ def test_quantize_twice_is_refused(family, tmp_path):
 )
 def test_missing_kernels_are_one_warning(monkeypatch):
     monkeypatch.setattr(gptq_cuda, "block_update_available", lambda: False)
-    monkeypatch.setattr(host, "triton_rounds", lambda device: False)
+    monkeypatch.setattr(layer_loop, "triton_rounds", lambda device: False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with host._fast_rounding("cuda:0"):
+        with layer_loop._fast_rounding("cuda:0"):
             pass
         way = exact.first_exact([raising(ImportError("no triton"))], print, len, what="Grams")
     assert way is print

@@ -338,7 +338,7 @@ def test_a_run_that_fails_leaves_no_temporary_statistics(case, tmp_path, monkeyp
     def fail(*_, **__):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("epmq_gptq.host._loop", fail)
+    monkeypatch.setattr("epmq_gptq.layer_loop._loop", fail)
     with pytest.raises(RuntimeError):
         model.quantize(case.rows)
     assert list(tmp_path.glob("epmq-statistics-*")) == []
