@@ -687,3 +687,45 @@ def test_on_a_terminal_it_asks_for_the_rest(merge_folder, tmp_path, models):
     )
     assert code == 130, shown
     assert "error: interrupted; no checkpoint was written." in shown
+
+
+# ---- going on after a kill -----------------------------------------------------------------------
+
+
+def test_a_run_that_can_go_on(recipe, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    again = ["quantize", recipe(), "--resume", unfinished, "--json", tmp_path / "run.json"]
+    result = run(*again, "--out", tmp_path / "one")
+    assert result.exit_code == 0, result.output
+    assert f"{unfinished} is no longer needed: the checkpoint stands." in result.stderr
+    assert json.loads((tmp_path / "run.json").read_text())["report"]["attempts"] == 1
+    assert list(unfinished.glob("attempt-*")) == []
+    # From what is there: no layer is run again.
+    result = run(*again, "--out", tmp_path / "other")
+    assert json.loads((tmp_path / "run.json").read_text())["report"]["attempts"] == 2
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    refused(
+        run("quantize", recipe(quantize={"bits": 8, "group_size": 32}), *again[2:], "--out", "x"),
+        "the checkpoint in `unfinished` is of another run: `bits` was 4, is 8.",
+        "[EPMQ-F41]",
+    )
+
+
+def test_a_folder_to_go_on_from_is_looked_at_first(recipe, tmp_path, models):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("")
+    words = ["quantize", recipe(), "--out", tmp_path / "out", "--resume"]
+    refused(run(*words, tmp_path / "thesis"), "`--resume` should be a new folder", "`chapter.tex`")
+    refused(run(*words, models[0] / "x"), "`--resume` should lie outside of every input")
+    refused(run(*words, tmp_path / "out" / "x"), "the folder of the output. Choose another folder.")
+
+
+def test_a_disk_without_room_to_go_on_from(recipe, tmp_path, monkeypatch):
+    def usage(folder):
+        return shutil._ntuple_diskusage(10**9, 10**9, 100_000 if "small" in str(folder) else 10**9)
+
+    (tmp_path / "small").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    words = ["quantize", recipe(), "--out", tmp_path / "out", "--resume", tmp_path / "small" / "x"]
+    refused(run(*words), "`checkpoint` should be on a disk with", "bytes free, got 100,000")
