@@ -86,7 +86,7 @@ def test_bash_itself_completes(tmp_path):
         ("epmq-gptq quantize m --dtype fl", ["float32", "float16"]),
         ("epmq-gptq quantize m --device c", ["cpu", "cuda"]),
         ("epmq-gptq quantize m --set pro", ["profile="]),
-        ("epmq-gptq explain EPMQ-S", ["EPMQ-S01"]),
+        ("epmq-gptq explain EPMQ-S", ["EPMQ-S01", "EPMQ-S02"]),
         ("epmq-gptq demo --method wu", ["wudi"]),
     ],
 )
