@@ -8,8 +8,8 @@ READY := $(VENV)/.ready
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 # A process per core, four at most: each holds torch and a model. A file stays in one process, for the
-# models that its tests share.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# models that its tests share; faults share none.
+PARALLEL := -n auto --maxprocesses 4
 
 .PHONY: help venv demo test lint format docs test-serving test-browser test-faults fuzz bench-speed bench-quality bench-ablation clean
 
@@ -38,7 +38,7 @@ demo: venv
 	$(BIN)/epmq-gptq demo --out out/demo-4bit --overwrite $(ARGS)
 
 test: venv
-	$(TEST_ENV) $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -q $(PARALLEL) --dist loadfile $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -58,7 +58,7 @@ test-serving: venv
 	$(TEST_ENV) EPMQ_SERVING=1 $(BIN)/python -m pytest -q tests/serving $(ARGS)
 
 test-faults: venv
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests/faults $(PARALLEL) $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/faults $(PARALLEL) --dist worksteal $(ARGS)
 
 # Other mutations in every run. Keep what is found in tests/fuzz/corpus/found.
 FUZZ_EXAMPLES ?= 400
