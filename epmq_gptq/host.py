@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptqmodel import GPTQModel
-from gptqmodel.looper import gptq_checkpoint
+from gptqmodel.looper import gptq_checkpoint, stage_layer
 from gptqmodel.looper.checkpoint import CheckpointExtension
 from gptqmodel.looper.checkpoint_store import CheckpointStore
 from gptqmodel.looper.gptq_processor import GPTQProcessor
@@ -121,6 +121,7 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "group": (GPTQProcessor, "begin_shared_input_capture", ("model", "subset_names")),
     "solve": (GPTQProcessor, "end_shared_input_capture", ("subset_names",)),
     "no inputs": (GPTQProcessor, "verify_calibration_dataset", ("processor_index",)),
+    "moving": (stage_layer, "offload_to_disk", ("model", "module", "disk_path")),
     "events": (ModuleLooper, "_subset_event_dispatch", ("stage", "module_names")),
     "telemetry": (GPTQProcessor, "_close_device_smi_handles", ()),
     "pack": (GPTQProcessor, "submodule_finalize", ("module", "model")),

@@ -18,25 +18,26 @@ from typing import Any
 
 import torch
 from gptqmodel import DEVICE_THREAD_POOL
+from gptqmodel.looper import stage_layer
 from gptqmodel.looper.module_looper import ModuleLooper
 from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization import gptq_cuda
 
 from .checkpoints import Checkpoint, hashing_meanwhile
 from .config import EPMQConfig
-from .errors import EPMQInputError, EPMQWarning
+from .errors import EPMQError, EPMQInputError, EPMQWarning
 from .experts import Experts
 from .kernels.rounding import triton_rounds
 from .linears import Linear
 from .model_linears import check_architecture, check_head, quantizable_linears
 from .out_of_memory import given_up
-from .output import check_space
+from .output import check_space, ran_full
 from .phases import PHASES, Phases, peak_memory
 from .preflight import Preflight
 from .preflight.estimates import committed
 from .preflight.runs import run_preflight
 from .preparing import planned, recording_of, settle_alpha, trajectories_of
-from .processor import EPMQProcessor
+from .processor import EPMQProcessor, disk_error
 from .provenance import provenance, requantized
 from .recorded.bundle import Bundle
 from .recorded.processor import RecordedProcessor
@@ -364,6 +365,24 @@ def _fast_rounding(device: str) -> Iterator[None]:
         gptq_cuda.block_update_available, gptq_cuda.gptq_block_update = before
 
 
+@contextlib.contextmanager
+def _moving_with(processor: EPMQProcessor, network: torch.nn.Module) -> Iterator[None]:
+    """Within: a finished layer for which the disk has no room stops the run, not the process."""
+    move = stage_layer.offload_to_disk
+
+    def moved(model, module, **options):
+        if model is not network:  # of a run of the host's own beside this one
+            move(model=model, module=module, **options)
+            return
+        processor.offload(move, model, module, **options)
+
+    stage_layer.offload_to_disk = moved
+    try:
+        yield
+    finally:
+        stage_layer.offload_to_disk = move
+
+
 def _loop(
     model: BaseQModel,
     processor: EPMQProcessor,
@@ -383,7 +402,8 @@ def _loop(
     processor.stop_loop = looper._request_loop_stop
     try:
         told = given_up("a forward pass of the merged model", device)
-        with _fast_rounding(device), told, stopping:
+        moving = _moving_with(processor, model.model)
+        with _fast_rounding(device), moving, told, stopping:
             log = looper.loop(backend=backend, fallback=config.fallback)
         if processor.failure is not None:
             raise processor.failure
@@ -393,6 +413,8 @@ def _loop(
         first = processor.failure
         if first is not None and error is not first and isinstance(error, Exception):
             raise first from error  # a lost device fails everywhere; where it began is told
+        if isinstance(error, Exception) and not isinstance(error, EPMQError) and ran_full(error):
+            raise disk_error(error, "before the first layer") from error
         raise
     finally:
         # However it ended: nobody may be left that writes into the folder of this attempt, and a

@@ -34,6 +34,7 @@ from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
 from .experts import Experts
 from .origins import Origin, Peaks, first_bad
 from .out_of_memory import ROOMS, device_error, is_lost_device, is_out_of_memory
+from .output import ran_full
 from .phases import Phases
 from .recorded.recording import Recording, Watched
 from .residual import first_states
@@ -523,6 +524,31 @@ class EPMQProcessor(GPTQProcessor):
         except Exception as error:  # on a worker, as above
             self._stop(within(error, self.tasks.get(module.name, module), "packing it"))
 
+    def offload(
+        self,
+        move: Callable[..., None],
+        model: torch.nn.Module,
+        module: torch.nn.Module,
+        **options: Any,
+    ) -> None:
+        """Move a finished layer to disk, the host's way; nothing of a run that has failed by then.
+
+        Args:
+            move: the host's function.
+            model: the whole network.
+            module: the layer, packed.
+            options: of ``move``.
+        """
+        if self.failure is not None:
+            return
+        try:
+            move(model=model, module=module, **options)
+        except Exception as error:  # on a worker, as above
+            named = model.named_modules()
+            name = next((name for name, one in named if one is module), type(module).__name__)
+            what = f"`{name}`: moving it to disk"
+            self._stop(disk_error(error, what) if ran_full(error) else error)
+
     def _stop(self, error: Exception) -> None:
         """Have the main thread raise this, unless another worker was first."""
         with self.lock:
@@ -578,9 +604,25 @@ def within(error: Exception, task: EPMQ | NamedModule, doing: str) -> Exception:
         told = device_error(error, what, task.module.weight.device)
         told.__cause__ = error
         return told
+    if ran_full(error):
+        return disk_error(error, what)
     if not isinstance(error, EPMQError) and hasattr(error, "add_note"):
         error.add_note(f"epmq_gptq: {what}")  # Python 3.11
     return error
+
+
+def disk_error(error: Exception, what: str) -> EPMQError:
+    """What to say where there is no room for what a run puts aside."""
+    told = EPMQError(
+        f"{what}: the disk ran full where a run keeps finished layers and statistics until they "
+        "are saved.",
+        code="EPMQ-F44",
+        subject="the folder of temporary files",
+        remedy="Free some space, or set the variable TMPDIR to a folder on another disk. A run "
+        "with a checkpoint keeps its layers there, and goes on from what it has committed.",
+    )
+    told.__cause__ = error
+    return told
 
 
 def _rows(X: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

@@ -199,6 +199,20 @@ def test_models_may_have_moved(copied, tmp_path):
     assert copied.attempt(resume="required").epmq_report.attempts == 2
 
 
+def test_models_of_the_hubs_cache(tmp_path):
+    """There, files are links to blobs, which the host's own checkpoints refuse."""
+    run = language(tmp_path)
+    cache = tmp_path / "models--org--merged"
+    snapshot = cache / "snapshots" / ("0123456789" * 4)
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for index, file in enumerate(sorted(run.merged.iterdir())):
+        shutil.copy(file, cache / "blobs" / str(index))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(index)))
+    run.merged = snapshot
+    goes_on(run, "layers.1")
+
+
 def test_the_content_of_models_is_hashed_once(copied, monkeypatch):
     from epmq_gptq import checkpoints
 

@@ -75,7 +75,8 @@ def main(spec: dict[str, Any]) -> None:
         kill_at(*spec["kill"], Path(spec["told"]))
     config = EPMQConfig(group_size=32, experts=spec["experts"], **spec.get("options", {}))
     model = tiny.load(Path(spec["merged"]), config)
-    model.quantize(spec["rows"], batch_size=3, checkpoint=CheckpointConfig(spec["root"]))
+    checkpoint = CheckpointConfig(spec["root"]) if spec["root"] else None
+    model.quantize(spec["rows"], batch_size=3, checkpoint=checkpoint)
     model.save(spec["out"], overwrite=True)
     Path(spec["told"]).write_text(str(model.epmq_report.attempts))
 

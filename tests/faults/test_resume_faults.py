@@ -54,7 +54,7 @@ class Job:
             "told": str(self.told),
         }
 
-    def attempt(self, **changes) -> subprocess.CompletedProcess[str]:
+    def attempt(self, *, temporary: str = "", **changes) -> subprocess.CompletedProcess[str]:
         file = self.folder / "spec.json"
         file.write_text(json.dumps(self.spec | changes))
         self.told.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ class Job:
             [sys.executable, str(HERE / "child.py"), str(file)],
             capture_output=True,
             text=True,
-            env=environment(),
+            env=environment() | ({"TMPDIR": temporary} if temporary else {}),
             cwd=self.folder,
             timeout=300,
         )
@@ -342,7 +342,22 @@ def small_disk(place: Path, size: str, *options: str) -> Iterator[Path]:
 
 @pytest.mark.fault(
     "F44",
-    injected="the checkpoint lies on a file system of 1 MB, which fills up at a commit",
+    injected="finished layers wait in a temporary folder on a file system of 200 kB, which fills "
+    "up while a worker of GPTQModel moves a layer there (which would end the process)",
+    outcome="error EPMQ-F44 from `quantize` that names the layer and TMPDIR; nothing is left there",
+)
+def test_the_disk_of_finished_layers_fills_up(tmp_path):
+    job = paper(tmp_path)
+    with small_disk(tmp_path / "disk", "200k") as disk:
+        done = job.attempt(root=None, temporary=str(disk))
+        assert done.returncode == 1, done.stderr[-3000:]
+        assert "moving it to disk: the disk ran full where a run keeps" in done.stderr
+        assert list(disk.iterdir()) == []
+
+
+@pytest.mark.fault(
+    "F44",
+    injected="the checkpoint lies on a file system of 700 kB, which fills up at a commit",
     outcome="the run stops and says so; what was committed is whole: copied to a larger disk, it "
     "goes on to the same tensors",
 )
