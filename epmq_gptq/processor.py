@@ -14,6 +14,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -318,7 +319,7 @@ class EPMQProcessor(GPTQProcessor):
         tasks = {self.tasks[name].full_name: self.tasks[name] for name in group.names}
 
         def delta(member: str, expert: str) -> WeightDelta | None:
-            task, device = tasks[member], statistics.device
+            task, device = tasks[member], made().device
             difference = self.experts.delta(expert, member, task.merged_weight(device))
             self.experts.release(expert)
             # One reduction and one wait for two questions; who is to blame is asked only after.
@@ -329,7 +330,7 @@ class EPMQProcessor(GPTQProcessor):
             return difference if size else None
 
         def bias(member: str, expert: str) -> torch.Tensor | None:
-            task, device = tasks[member], statistics.device
+            task, device = tasks[member], made().device
             if not task.refits_bias:
                 return None
             b_m = task.module.bias.detach().to(device, torch.float32)
@@ -341,6 +342,7 @@ class EPMQProcessor(GPTQProcessor):
         sample = None
         if self.qcfg.regret_rows:
             sample = RowSample(members, eta=self.form.eta, rho=self.form.rho)
+        peaks = group.peaks
         statistics = GroupStatistics(
             columns,
             members,
@@ -353,10 +355,13 @@ class EPMQProcessor(GPTQProcessor):
             phases=self.phases,
             sample=sample,
             origin=lambda expert: self._told(
-                expert, group.peaks.first_bad(expert) or group.peaks.largest(expert)
+                expert, peaks.first_bad(expert) or peaks.largest(expert)
             ),
             own_origin=lambda expert: self._own_origin(expert, next(iter(tasks))),
         )
+        # These functions must not hold the sums: in a circle, gigabytes would wait for Python's
+        # collector.
+        made = weakref.ref(statistics)
         return statistics
 
     def _told(self, expert: str, origin: Origin | None) -> tuple[Origin, str] | None:
@@ -400,6 +405,7 @@ class EPMQProcessor(GPTQProcessor):
             with self.phases.measure("solve"):
                 self._solve(group)
             seconds = (time.perf_counter() - start) / len(group.names)
+            group.statistics.clear()  # the host keeps the hook, and with it the group, for a while
             for name in group.names:
                 self.tasks[name].report.seconds += seconds
         self.shared_groups += len(set(leaders.values()))

@@ -1,11 +1,14 @@
 """Lack of memory: what is tried again, in which parts, and what is said in the end."""
 
+import gc
 import threading
+import weakref
 
 import pytest
+import tiny
 import torch
 
-from epmq_gptq import EPMQDeviceError
+from epmq_gptq import EPMQConfig, EPMQDeviceError
 from epmq_gptq.out_of_memory import (
     LEAST,
     Rooms,
@@ -103,3 +106,33 @@ def test_rooms_let_as_many_in_as_fit():
             assert cpu and not other
     thread.join(10)
     assert entered.is_set()
+
+
+def test_sums_go_when_they_are_used_up(tmp_path, monkeypatch):
+    """Not when Python's collector comes by: a circle of references would keep gigabytes."""
+    from epmq_gptq.processor import EPMQProcessor
+    from epmq_gptq.statistics import GroupStatistics
+
+    made, left = [], []
+    init, end = GroupStatistics.__init__, EPMQProcessor.end_shared_input_capture
+
+    def counted(self, *arguments, **options):
+        init(self, *arguments, **options)
+        made.append(weakref.ref(self))
+
+    def ended(self, names):
+        result = end(self, names)
+        left.append(sum(one() is not None for one in made))
+        return result
+
+    monkeypatch.setattr(GroupStatistics, "__init__", counted)
+    monkeypatch.setattr(EPMQProcessor, "end_shared_input_capture", ended)
+    merged, experts = tiny.family(tmp_path, 2, model=tiny.llama(layers=1))
+    model = tiny.load(merged, EPMQConfig(group_size=32, experts=experts))
+    gc.disable()
+    try:
+        model.quantize({name: tiny.rows(4, 16, seed=i) for i, name in enumerate(experts)})
+    finally:
+        gc.enable()
+    # With chosen alphas an input has two of them.
+    assert len(made) == 8 and left == [0] * 4
