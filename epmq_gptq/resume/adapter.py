@@ -100,7 +100,8 @@ class EPMQCheckpointAdapter(QuantizationCheckpointAdapter):
         if state["definition"] is not None:
             self.model.load_continuation_state_dict(state["definition"])
         for name, file in self._recorded.items():
-            shutil.copyfile(file, self.processor.recording.recorder.path / name)
+            # A plain name, whatever the checkpoint says: it is copied into that folder alone.
+            shutil.copyfile(file, self.processor.recording.recorder.path / Path(name).name)
         self.before, self.attempts = state["spent"], state["attempts"] + 1
         told = getattr(self.model, "subset_callback", None)
         if told is not None and state["specs"]:
