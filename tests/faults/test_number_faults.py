@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 from judge import stored
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from test_faults import EMBEDDING, V_PROJ, poison
 
 from epmq_gptq import EPMQConfig, EPMQNumericalError
 from epmq_gptq.origins import Peaks, first_bad
@@ -14,8 +15,6 @@ from epmq_gptq.statistics import GroupStatistics
 from epmq_gptq.trajectories import ExpertTrajectories
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-V_PROJ = "model.layers.0.self_attn.v_proj"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -23,13 +22,6 @@ def family(tmp_path):
     merged, experts = tiny.family(tmp_path, experts=2)
     rows = {name: tiny.rows(4, 40, seed=index) for index, name in enumerate(experts)}
     return merged, experts, rows
-
-
-def poison(folder, tensor, index, value=float("nan")):
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    tensors[tensor][index] = value
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def run(family, batch_size=1, **options):
