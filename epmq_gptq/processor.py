@@ -40,7 +40,7 @@ from .phases import Phases
 from .recorded.recording import Recording, Watched
 from .residual import first_states
 from .run_report import ModuleReport
-from .solver import TargetSolver, check_merged
+from .solver import TargetSolver, WatchOf, check_merged
 from .statistics import GroupStatistics, TargetForm
 from .task import EPMQ
 from .trajectories import ExpertTrajectories
@@ -434,20 +434,31 @@ class EPMQProcessor(GPTQProcessor):
         ]
         if self.recording is not None:
             fitted, held_out = self._recorded(group, tasks, fitted, held_out)
-        try:
-            self._solver.solve(
-                tasks,
-                fitted,
-                held_out,
-                group.error,
-                self._shared_input_capture_generation,
-                lambda task, W_m: LayerWatch(samples, task.full_name, W_m) if samples else None,
-            )
-        except Exception as error:
-            told = within(error, tasks[0], "its target")
-            raise told from told.__cause__
+        self._give_targets(
+            tasks,
+            fitted,
+            held_out,
+            group.error,
+            lambda task, W_m: LayerWatch(samples, task.full_name, W_m) if samples else None,
+        )
         for task in tasks:
             task.report.eta, task.report.rho = self._shares(group, task)
+
+    def _give_targets(
+        self,
+        tasks: list[EPMQ],
+        fitted: dict,
+        held_out: dict,
+        error: Exception | None,
+        watch: WatchOf,
+    ) -> None:
+        """:meth:`TargetSolver.solve`, with the layer's name in what goes wrong."""
+        try:
+            generation = self._shared_input_capture_generation
+            self._solver.solve(tasks, fitted, held_out, error, generation, watch)
+        except Exception as met:
+            told = within(met, tasks[0], "its target")
+            raise told from told.__cause__
 
     def _shares(self, group: SharedInput, task: EPMQ) -> tuple[float, float]:
         """η and ρ in the target of one layer."""

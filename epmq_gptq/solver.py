@@ -19,7 +19,7 @@ from .deltas import data_free_gram
 from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import Experts, check_finite
-from .out_of_memory import given_up, on_cpu, with_room
+from .out_of_memory import on_cpu, with_room
 from .phases import Phases
 from .recorded.sums import RecordedStatistics
 from .statistics import GroupStatistics, Moments, combined
@@ -115,18 +115,6 @@ class TargetSolver:
             generation: of the host's cache of factors.
             watch: (layer, W_m) → what tells how far it lies from every expert, or None.
         """
-        with given_up(f"`{tasks[0].full_name}`: its target", tasks[0].module.weight.device):
-            self._solve(tasks, fitted, held_out, error, generation, watch)
-
-    def _solve(
-        self,
-        tasks: list[EPMQ],
-        fitted: Mapping[str, Statistics],
-        held_out: Mapping[str, Statistics],
-        error: Exception | None,
-        generation: int,
-        watch: WatchOf,
-    ) -> None:
         parts = [part for part in (fitted, held_out) if part]
         tokens = _added(one.tokens for part in parts for one in part.values())
         device = next(iter(fitted.values())).device

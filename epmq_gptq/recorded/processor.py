@@ -80,12 +80,11 @@ class RecordedProcessor(EPMQProcessor):
         if not fitted:
             members = {task.full_name: task.rows for task in tasks}
             fitted = {"": GroupStatistics(group.columns, members, lambda m, e: None, device)}
-        self._solver.solve(
+        self._give_targets(
             tasks,
             fitted,
             held_out,
             error,
-            self._shared_input_capture_generation,
             lambda task, W_m: self._watch(sums, task.full_name, W_m, about[task]),
         )
         for task, one in about.items():
