@@ -99,6 +99,7 @@ def quantize_with_experts(
     _check_host_options(host_options)
     check_architecture(model)
     check_head(model)
+    _start_workers()
     if isinstance(calibration, Bundle):
         _check_host_options({"checkpoint": checkpoint})
         return _quantize_recorded(model, calibration, backend, start)
@@ -383,6 +384,15 @@ def _moving_with(processor: EPMQProcessor, network: torch.nn.Module) -> Iterator
         stage_layer.offload_to_disk = move
 
 
+def _start_workers() -> None:
+    """Start the host's workers before anything is computed: here it is told of a lack of threads.
+
+    They would start with the first layer, and again with whoever waits for them after a failure.
+    """
+    with given_up("starting the workers", "cpu"):
+        DEVICE_THREAD_POOL.wait()
+
+
 def _loop(
     model: BaseQModel,
     processor: EPMQProcessor,
@@ -398,10 +408,12 @@ def _loop(
         stopping = stopping_when_told(extension)
     if "disk_write_expected" in inspect.signature(ModuleLooper.__init__).parameters:  # 7.7
         options["disk_write_expected"] = bool(config.offload_to_disk)
-    looper = ModuleLooper(model, processors=[processor], **options)
-    processor.stop_loop = looper._request_loop_stop
+    told = given_up("a forward pass of the merged model", device)
+    looper = None
     try:
-        told = given_up("a forward pass of the merged model", device)
+        with given_up("preparing the layer loop", "cpu"):
+            looper = ModuleLooper(model, processors=[processor], **options)
+        processor.stop_loop = looper._request_loop_stop
         moving = _moving_with(processor, model.model)
         with _fast_rounding(device), moving, told, stopping:
             log = looper.loop(backend=backend, fallback=config.fallback)
@@ -420,6 +432,7 @@ def _loop(
         # However it ended: nobody may be left that writes into the folder of this attempt, and a
         # worker within C++ would have the whole process abort at its end.
         DEVICE_THREAD_POOL.wait()
-        looper.wait_dangling_threads()
+        if looper is not None:
+            looper.wait_dangling_threads()
         processor.leave()
     return log

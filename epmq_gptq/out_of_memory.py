@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ LEAST = 16
 _PIECE = 256
 # CUDA's and ROCm's allocators, and torch's own for the CPU.
 _TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+_NO_THREADS = "can't start new thread"
 _LOST = ("cuda error", "cuda driver error", "hip error", "device-side assert", "nccl error")
 
 
@@ -45,6 +47,11 @@ def is_lost_device(error: BaseException) -> bool:
     if isinstance(error, EPMQDeviceError) or not isinstance(error, RuntimeError):
         return False
     return any(part in str(error).lower() for part in _LOST) and not is_out_of_memory(error)
+
+
+def is_out_of_threads(error: BaseException) -> bool:
+    """Whether the system gave no further thread: less of the same would not help."""
+    return isinstance(error, RuntimeError) and _NO_THREADS in str(error)
 
 
 # ---- fewer rows, then the CPU --------------------------------------------------------------------
@@ -163,7 +170,7 @@ def free_memory(device: torch.device) -> tuple[int, int] | None:
 
 
 def device_error(error: BaseException, what: str, device: torch.device | str) -> EPMQDeviceError:
-    """What to say of an allocation that failed for good, or of a device that is gone."""
+    """What to say of memory or threads that ran out for good, or of a device that is gone."""
     from .kernels.gram import ROWS
 
     device = torch.device(device)
@@ -174,6 +181,16 @@ def device_error(error: BaseException, what: str, device: torch.device | str) ->
             subject=f"device `{device}`",
             remedy="Start again, in a new process: nothing else can be asked of this device. If it "
             "comes back, look at `dmesg` and `nvidia-smi -q` for errors of the memory.",
+        )
+    if is_out_of_threads(error):
+        return EPMQDeviceError(
+            f"{what}: the system gives this process no further thread (`{error}`); it has "
+            f"{threading.active_count()}.",
+            code="EPMQ-F46",
+            subject="threads",
+            remedy="Raise the limit of processes (`ulimit -u`, the `pids` limit of a container) or "
+            "of memory (`ulimit -v`), or set GPTQMODEL_CPU_WORKERS to how many workers may be "
+            f"started (by itself about half of the {os.cpu_count()} cores, at most 12).",
         )
     # A GPU was asked, but it may be the machine's memory that was short.
     if isinstance(error, MemoryError) or "allocate memory" in str(error).lower():
@@ -197,7 +214,7 @@ def device_error(error: BaseException, what: str, device: torch.device | str) ->
 
 @contextlib.contextmanager
 def given_up(what: str, device: torch.device | str) -> Iterator[None]:
-    """Within: memory that runs out for good, and devices that are lost, are said with numbers.
+    """Within: memory or threads that run out, and devices that are lost, are said with numbers.
 
     Raises:
         EPMQDeviceError: that.
@@ -205,7 +222,7 @@ def given_up(what: str, device: torch.device | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error) or is_lost_device(error):
+        if any(known(error) for known in (is_out_of_memory, is_out_of_threads, is_lost_device)):
             raise device_error(error, what, device) from error
         raise
 

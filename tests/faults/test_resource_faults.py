@@ -326,22 +326,31 @@ def run(batch_size):
     model = tiny.load(merged, EPMQConfig(group_size=32, experts=experts, alpha=0.1))
     model.quantize(rows, batch_size=batch_size)
     model.save(given["out"])
-if given["limit"]:
+def limit(*_):
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + given["limit"], resource.RLIM_INFINITY))
+def limit_at_first(module, arguments):
+    if type(module).__name__ == given["limit_at"]:
+        hook.remove()
+        limit()
+if given["limit_at"] == "start":
+    limit()
+elif given["limit_at"]:
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(limit_at_first)
 try:
     run(given["batch_size"])
 except EPMQError as error:
     print("SAID", error.code, error)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
     run(1)
 print("SAVED")
 """
 
 
 def child(given, **options):
-    given = {"rows": 2, "length": 40, "limit": 0, "batch_size": 1} | given
+    given = {"rows": 2, "length": 40, "limit": 0, "limit_at": "", "batch_size": 1} | given
     command = [sys.executable, "-c", CHILD.format(tests=str(TESTS)), json.dumps(given)]
     root = str(TESTS.parent)
     options["env"] = {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"} | options["env"]
@@ -355,23 +364,46 @@ def environment(**changed):
 
 @pytest.mark.fault(
     "F46",
-    injected="a child process with `RLIMIT_AS` 100 MiB above what it holds and "
-    "a batch whose attention needs more: a real failure of the allocator",
+    injected="a child process with `RLIMIT_AS` 100 MiB above what it holds at its first MLP, whose "
+    "first output of this batch has 140 MiB: a real failure of the allocator",
     outcome="error EPMQ-F46 with the numbers; in the same process, without the limit and with "
     "`batch_size=1`, the run succeeds",
 )
 def test_an_address_space_that_is_full(tmp_path):
-    model = tiny.llama(layers=1, max_position_embeddings=2048)
+    wide = {"intermediate_size": 1024, "max_position_embeddings": 2048}
+    model = tiny.llama(layers=1, **wide)
     merged, experts = tiny.family(tmp_path, experts=1, model=model)
     given = {
         "merged": str(merged),
         "experts": {name: str(path) for name, path in experts.items()},
         "out": str(tmp_path / "out"),
-        **{"rows": 12, "length": 1500, "limit": 100 << 20, "batch_size": 12},
+        **{"rows": 24, "length": 1500, "batch_size": 24},
+        **{"limit": 100 << 20, "limit_at": "LlamaMLP"},
     }
     done = child(given, env=environment(), cwd=tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "SAID EPMQ-F46" in done.stdout and "were asked for" in done.stdout
+    assert done.stdout.rstrip().endswith("SAVED")
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="a child process with `RLIMIT_AS` 500 MiB above what it holds, told to start 400 "
+    "workers of 8 MiB: the system really refuses a thread",
+    outcome="error EPMQ-F46 before anything is computed, with how many threads there are, the "
+    "limits and GPTQMODEL_CPU_WORKERS; in the same process, without the limit, the run succeeds",
+)
+def test_no_further_thread(tmp_path):
+    merged, experts = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1))
+    given = {
+        "merged": str(merged),
+        "experts": {name: str(path) for name, path in experts.items()},
+        **{"out": str(tmp_path / "out"), "limit": 500 << 20, "limit_at": "start"},
+    }
+    done = child(given, env=environment(GPTQMODEL_CPU_WORKERS="400"), cwd=tmp_path)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "SAID EPMQ-F46 starting the workers: the system gives this process no" in done.stdout
+    assert "GPTQMODEL_CPU_WORKERS" in done.stdout
     assert done.stdout.rstrip().endswith("SAVED")
 
 
