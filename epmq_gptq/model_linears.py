@@ -170,6 +170,11 @@ def _quantizable_modules(
             yield name, module
 
 
+def is_routed(name: str) -> bool:
+    """Whether a linear layer, by its full name, is given the tokens that a router chose for it."""
+    return _ROUTED.fullmatch(name) is not None
+
+
 def _definition(model: BaseQModel) -> tuple[list[list[str]], list[str]]:
     """Names of the linear layers within a layer, those with one input together; and the layers."""
     groups = model.simple_layer_modules(

@@ -19,6 +19,7 @@ from .errors import EPMQInputError, EPMQNumericalError
 from .experts import Experts
 from .layer_walk import LayerWalk
 from .linears import Linear
+from .model_linears import is_routed
 from .origins import first_bad
 from .out_of_memory import forget_cached, given_up, is_out_of_memory, on_cpu
 from .phases import Phases
@@ -71,7 +72,10 @@ class ExpertTrajectories:
         # Module of the network → the layers that the host makes of it (it takes joined ones apart).
         self._parts: dict[str, list[str]] = {}
         for linear in self._linears.values():
-            self._parts.setdefault(self._module_of(linear), []).append(linear.name)
+            # What a routed module is given cannot be paired with what the merge gives it, not even
+            # where both routers chose as many tokens.
+            if not is_routed(linear.name):
+                self._parts.setdefault(self._module_of(linear), []).append(linear.name)
         self._names = {name: self._tensors_of(name) for name in dict.fromkeys(plan.experts)}
         self._walk = LayerWalk(plan.batches, torch.device(device))
         self._next = {stack.path: 0 for stack in self._skeleton.stacks}
@@ -111,7 +115,10 @@ class ExpertTrajectories:
         return True
 
     def inputs(self, linear: str, batch: int) -> Tensor | None:
-        """``z: (B, S, d)`` of a layer's input in the pass of the batch's own expert."""
+        """``z: (B, S, d)`` of a layer's input in the pass of the batch's own expert.
+
+        None where it has none: the head, and routed modules.
+        """
         return self._inputs[batch].get(linear) if self._inputs else None
 
     def stream(self, linear: str, batch: int) -> Tensor | None:

@@ -7,7 +7,14 @@ import tiny
 import torch
 from judge import nearest_share
 from safetensors import safe_open
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from epmq_gptq import EPMQConfig
 
@@ -76,6 +83,24 @@ def test_routed_modules_are_quantized_towards_the_experts(build, tmp_path):
     with torch.no_grad():
         logits = loaded.model(torch.tensor([rows["expert0"][0]["input_ids"]])).logits
     assert torch.isfinite(logits).all()
+
+
+def test_routed_inputs_are_not_paired_where_as_many_tokens_were_routed(tmp_path):
+    """Of every token each module is given all, yet in an order that is its router's own."""
+    torch.manual_seed(0)
+    routed = dict(num_experts=4, num_experts_per_tok=4, moe_intermediate_size=32, head_dim=16)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHARED, **routed)).eval()
+    merged, experts = family(model, tmp_path)
+    rows = {name: tiny.rows(4, 40, seed=index) for index, name in enumerate(experts)}
+    reports = []
+    for form in (dict(eta=1, rho=1), dict(eta=0, rho=0)):
+        options = dict(group_size=32, alpha=0.1, dynamic={"-:.*self_attn.*": {}}) | form
+        model = tiny.load(merged, EPMQConfig(experts=experts, **options))
+        reports.append(model.quantize(rows)["epmq"])
+    for name in ("gate_proj", "up_proj"):
+        own, paper = ([m for m in report.modules if m.module.endswith(name)] for report in reports)
+        assert len(own) == 4
+        assert [m.merge_excess for m in own] == pytest.approx([m.merge_excess for m in paper])
 
 
 def test_a_routed_module_without_tokens_keeps_the_merged_weight(tmp_path):
