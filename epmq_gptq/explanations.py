@@ -411,10 +411,10 @@ _ENTRIES: dict[str, Explanation] = {
         "--overwrite. [EPMQ-F45]",
     ),
     "EPMQ-F46": Explanation(
-        means="Products of fewer rows and the CPU were tried before this; no checkpoint was "
-        "written. As a warning, before the run: the estimate of its peak is more than what can be "
-        "had now. Of threads: the system gave no further one, which is a limit on processes or on "
-        "this process's memory.",
+        means="Fewer rows at once and the CPU were tried before this; no checkpoint was written. "
+        "As a warning, before the run: the estimate of its peak is more than what can be had now; "
+        "within it: batches did not fit and are run in pieces, which takes longer. Of threads: the "
+        "system gave no further one, which is a limit on processes or on this process's memory.",
         cause="Batches that are too large for the device, or another process on it.",
         remedy="A smaller `batch_size`, shorter rows, and for the products of calibration rows a "
         "smaller EPMQ_CHUNK_ROWS in the environment. `nvidia-smi` shows who else holds memory.",

@@ -29,7 +29,7 @@ from .errors import EPMQError, EPMQInputError, EPMQWarning
 from .experts import Experts
 from .kernels.rounding import triton_rounds
 from .linears import Linear
-from .model_linears import check_architecture, check_head, quantizable_linears
+from .model_linears import check_architecture, check_head, layers_of, quantizable_linears
 from .out_of_memory import given_up
 from .output import check_space, ran_full
 from .phases import PHASES, Phases, peak_memory
@@ -53,6 +53,7 @@ from .resume.session import (
     resumable,
     stopping_when_told,
 )
+from .row_pieces import in_row_pieces
 from .run_report import QuantizationReport
 from .weighting import Weighting
 
@@ -415,7 +416,7 @@ def _loop(
             looper = ModuleLooper(model, processors=[processor], **options)
         processor.stop_loop = looper._request_loop_stop
         moving = _moving_with(processor, model.model)
-        with _fast_rounding(device), moving, told, stopping:
+        with _fast_rounding(device), moving, in_row_pieces(layers_of(model)), told, stopping:
             log = looper.loop(backend=backend, fallback=config.fallback)
         if processor.failure is not None:
             raise processor.failure

@@ -175,6 +175,11 @@ def is_routed(name: str) -> bool:
     return _ROUTED.fullmatch(name) is not None
 
 
+def layers_of(model: BaseQModel) -> list[torch.nn.Module]:
+    """The layers that the host runs one after the other."""
+    return get_layers_with_prefixes(model.model, model.extract_layers_node())[0]
+
+
 def _definition(model: BaseQModel) -> tuple[list[list[str]], list[str]]:
     """Names of the linear layers within a layer, those with one input together; and the layers."""
     groups = model.simple_layer_modules(

@@ -195,7 +195,7 @@ def device_error(error: BaseException, what: str, device: torch.device | str) ->
     # A GPU was asked, but it may be the machine's memory that was short.
     if isinstance(error, MemoryError) or "allocate memory" in str(error).lower():
         device = torch.device("cpu")
-    numbers = [f"{_asked_for(str(error))} were asked for"]
+    numbers = [f"{asked_for(str(error))} were asked for"]
     with contextlib.suppress(Exception):  # numbers are all that is lost here
         room, peak = free_memory(device), peak_memory(device)
         if room is not None:
@@ -227,7 +227,8 @@ def given_up(what: str, device: torch.device | str) -> Iterator[None]:
         raise
 
 
-def _asked_for(text: str) -> str:
+def asked_for(text: str) -> str:
+    """How much an allocation that failed was to have, from the words of its error."""
     found = re.search(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", text)
     if found is None:
         return "an unknown number of bytes"

@@ -39,6 +39,7 @@ from .output import ran_full
 from .phases import Phases
 from .recorded.recording import Recording, Watched
 from .residual import first_states
+from .row_pieces import of_whole_batch
 from .run_report import ModuleReport
 from .solver import TargetSolver, WatchOf, check_merged
 from .statistics import GroupStatistics, TargetForm
@@ -219,7 +220,11 @@ class EPMQProcessor(GPTQProcessor):
         for tap in taps:
 
             def keep(module, arguments, options, tap=tap):
-                setattr(self._streams, tap, first_states(arguments, options))
+                states = first_states(arguments, options)
+                if states is None:
+                    setattr(self._streams, tap, None)
+                    return
+                of_whole_batch(("stream", tap), states, lambda r: setattr(self._streams, tap, r))
 
             handle = running.get_submodule(tap).register_forward_pre_hook(keep, with_kwargs=True)
             self._taps.append(handle)
@@ -232,9 +237,12 @@ class EPMQProcessor(GPTQProcessor):
             return None
 
         def count(module, inputs, output):
+            of_whole_batch(("input", name), inputs[0], counted)
+
+        def counted(X):
             if group.error is None:
                 with self.phases.in_hook("gram"):
-                    self._guarded(group, lambda: self._count(group, inputs[0]))
+                    self._guarded(group, lambda: self._count(group, X))
 
         return skip if group is None else count
 

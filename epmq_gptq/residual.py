@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .row_pieces import is_first_piece
+
 # Of the entries of a sum, how many must be equal but for rounding.
 _SHARE = 0.99
 
@@ -84,7 +86,7 @@ class _Seen:
     def input_of(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple, options: dict) -> None:
             states = first_states(arguments, options)
-            if states is not None:
+            if states is not None and is_first_piece():
                 self._length = self._length or states.shape[1]  # the layer itself comes first
                 self.given[name] = self._first_row(states)
 
@@ -92,7 +94,8 @@ class _Seen:
 
     def output_of(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-            self.written[name] = self._first_row(output)
+            if is_first_piece():
+                self.written[name] = self._first_row(output)
 
         return hook
 

@@ -24,6 +24,7 @@ from .origins import first_bad
 from .out_of_memory import forget_cached, given_up, is_out_of_memory, on_cpu
 from .phases import Phases
 from .residual import first_states, residual_taps
+from .row_pieces import of_whole_batch, whole_batches
 from .skeleton import LayerStack, Skeleton
 
 
@@ -221,7 +222,8 @@ class ExpertTrajectories:
         """:meth:`_run_batch`; where there is no room for it, once more beside less that is kept."""
         with given_up(f"`{stack.name(index)}`: an expert's own pass", self._skeleton.device):
             try:
-                return self._run_batch(stack, index, batch, run, capture)
+                with whole_batches():
+                    return self._run_batch(stack, index, batch, run, capture)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -376,6 +378,7 @@ def _keep(kept: dict[str, Tensor], name: str, copy: bool = False) -> Callable[..
         states = first_states(arguments, options)
         if states is not None:
             # A stream may be added to in place; the input of a linear layer never is.
-            kept[name] = states.detach().clone() if copy else states.detach()
+            states = states.detach().clone() if copy else states.detach()
+            of_whole_batch((id(kept), name), states, lambda whole: kept.update({name: whole}))
 
     return hook
