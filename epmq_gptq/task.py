@@ -192,8 +192,8 @@ class EPMQ(GPTQ):
         ``on_bad_module="rtn"`` in ``report``.
         """
         start = time.perf_counter()
-        # W*, Q, losses and what is left of W; H, its permutation and its factor.
-        size = 4 * (5 * self.rows * self.columns + 3 * self.columns**2)
+        # W* and its copy, Q, losses and what is left of W; H, its copy, permutation and factor.
+        size = 4 * (6 * self.rows * self.columns + 4 * self.columns**2)
         with ROOMS.of(self.module.weight.device, size) as fits:
             self._tight = not fits
             result = self._quantized(blocksize)
@@ -256,19 +256,33 @@ class EPMQ(GPTQ):
         if self._waiting is not None:
             (self.module_copy, self.H), self._waiting = self._waiting, None
             self._disable_shared_hessian_cache()
-        spare = None
-        if self._tight:
-            # The host writes to both of them, so that nothing could be tried again.
-            spare = [tensor.to("cpu", copy=True) for tensor in (self.module_copy, self.H)]
+        spare = self._spare()
         try:
             return super().quantize(blocksize=blocksize)
         except Exception as error:
             if spare is None or not is_out_of_memory(error):
                 raise
+        self.module_copy, self.H = (tensor.cpu() for tensor in spare)
+        del spare
         forget_cached()
-        self.module_copy, self.H = spare
         self._disable_shared_hessian_cache()
         return super().quantize(blocksize=blocksize)
+
+    def _spare(self) -> list[torch.Tensor] | None:
+        """Copies of W* and H, to both of which the host writes; None where no device comes after.
+
+        They stay on the device where they are known to fit beside the rounding.
+        """
+        aim = self.module_copy, self.H
+        if not self._tight:
+            if self.H.device.type == "cpu":
+                return None
+            try:
+                return [tensor.clone() for tensor in aim]
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+        return [tensor.to("cpu", copy=True) for tensor in aim]
 
     def _guarded(self, result: tuple, blocksize: int) -> tuple:
         """``result``, or the rounded merge where that is better on the held-out rows."""

@@ -159,17 +159,22 @@ def test_a_step_without_room_is_done_on_the_cpu(family, tmp_path, monkeypatch, s
 
 @pytest.mark.fault(
     "F46",
-    injected="a GPU whose free memory is less than the rounding of a layer needs, and whose "
-    "rounding then finds none (both planted)",
-    outcome="W* and H are kept on the CPU as well and rounded there: the same bits on disk",
+    injected="a GPU whose free memory is less than the rounding of a layer needs, or seems to be "
+    "enough, and whose rounding then finds none (both planted)",
+    outcome="copies of W* and H were kept, on the CPU or beside them, and are rounded on the CPU: "
+    "the same bits on disk",
 )
-def test_a_rounding_without_room_is_done_on_the_cpu(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_rounding_without_room_is_done_on_the_cpu(family, tmp_path, monkeypatch, foreseen):
     merged, experts, rows, expected, _ = family
     quantize, tight = GPTQ.quantize, EPMQ._quantized
 
     def quantized(self, blocksize):
-        self._tight = True
+        self._tight = foreseen
         return tight(self, blocksize)
+
+    def beside(self):  # as where they are on a GPU
+        return [self.module_copy.clone(), self.H.clone()]
 
     def once(self, blocksize=128):
         result = quantize(self, blocksize=blocksize)  # the host has written to W and H by then
@@ -179,6 +184,8 @@ def test_a_rounding_without_room_is_done_on_the_cpu(family, tmp_path, monkeypatc
         return result
 
     monkeypatch.setattr(EPMQ, "_quantized", quantized)
+    if not foreseen:
+        monkeypatch.setattr(EPMQ, "_spare", beside)
     monkeypatch.setattr(GPTQ, "quantize", once)
     run(merged, experts, rows).save(str(tmp_path / "out"))
     found = stored(tmp_path / "out")
