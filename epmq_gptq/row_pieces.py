@@ -313,13 +313,19 @@ def _mapped(step: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _joined(outputs: list[Any]) -> Any:
+    """What the whole batch gives: tensors one behind the other, of anything plain the first."""
     first = outputs[0]
     if len(outputs) == 1:
         return first
     if isinstance(first, Tensor):
         return torch.cat(outputs)
+    if isinstance(first, dict):
+        return {key: _joined([output[key] for output in outputs]) for key in first}
     if isinstance(first, (tuple, list)):
-        return type(first)(map(_joined, map(list, zip(*outputs, strict=True))))
+        parts = (_joined(list(each)) for each in zip(*outputs, strict=True))
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    if not isinstance(first, _PLAIN):
+        raise TypeError(f"a layer that was run in pieces returned a `{type(first).__name__}`")
     return first
 
 
