@@ -27,6 +27,7 @@ from .checkpoints import Checkpoint, hashing_meanwhile
 from .config import EPMQConfig
 from .errors import EPMQError, EPMQInputError, EPMQWarning
 from .experts import Experts
+from .failures import disk_error
 from .kernels.rounding import triton_rounds
 from .linears import Linear
 from .model_linears import check_architecture, check_head, layers_of, quantizable_linears
@@ -37,7 +38,7 @@ from .preflight import Preflight
 from .preflight.estimates import committed
 from .preflight.runs import run_preflight
 from .preparing import planned, recording_of, settle_alpha, trajectories_of
-from .processor import EPMQProcessor, disk_error
+from .processor import EPMQProcessor
 from .provenance import provenance, requantized
 from .recorded.bundle import Bundle
 from .recorded.processor import RecordedProcessor
@@ -132,12 +133,7 @@ def quantize_with_experts(
             dtype_bytes=dtype.itemsize,
         )
         if extension is not None:
-            root = extension.store.root
-            needed = committed(
-                checked.estimates["disk"], checked.estimates["memory"], config.runs_experts
-            )
-            held = sum(file.stat().st_size for file in (root / "objects").iterdir())
-            check_space(root / "objects", max(0, needed - held), option="checkpoint")
+            _check_room(extension, checked, config)
             with remembered(extension.store.root, [merged, *experts.checkpoints]):
                 identity = run_identity(config, merged, experts, plan, dtype, device)
             extension.check(identity)
@@ -189,6 +185,14 @@ def _resumable(
     checkpoint = check_checkpoint(checkpoint, config, model.model.config.model_type)
     check_root(Path(checkpoint.path), model.epmq_sources)
     return resumable(checkpoint, config, phases)
+
+
+def _check_room(extension: Resumable, checked: Preflight, config: EPMQConfig) -> None:
+    """Whether the disk has room for what will be committed, beside what is committed already."""
+    objects = extension.store.root / "objects"
+    needed = committed(checked.estimates["disk"], checked.estimates["memory"], config.runs_experts)
+    held = sum(file.stat().st_size for file in objects.iterdir())
+    check_space(objects, max(0, needed - held), option="checkpoint")
 
 
 def _spent(model: BaseQModel, phases: Phases, start: float) -> dict[str, Any]:

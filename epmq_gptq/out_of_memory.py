@@ -54,6 +54,11 @@ def is_out_of_threads(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _NO_THREADS in str(error)
 
 
+def is_device_trouble(error: BaseException) -> bool:
+    """Whether it is one of these three, of which :func:`device_error` tells."""
+    return is_out_of_memory(error) or is_out_of_threads(error) or is_lost_device(error)
+
+
 # ---- fewer rows, then the CPU --------------------------------------------------------------------
 
 
@@ -222,7 +227,7 @@ def given_up(what: str, device: torch.device | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if any(known(error) for known in (is_out_of_memory, is_out_of_threads, is_lost_device)):
+        if is_device_trouble(error):
             raise device_error(error, what, device) from error
         raise
 

@@ -31,10 +31,11 @@ from .calibration import CalibrationPlan
 from .config import EPMQConfig
 from .deltas import WeightDelta
 from .deviation import LayerWatch, RowSample, sampled_rows
-from .errors import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError
+from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
 from .experts import Experts
+from .failures import disk_error, within
 from .origins import Origin, Peaks, first_bad
-from .out_of_memory import ROOMS, device_error, is_lost_device, is_out_of_memory
+from .out_of_memory import ROOMS
 from .output import ran_full
 from .phases import Phases
 from .recorded.recording import Recording, Watched
@@ -620,34 +621,6 @@ class EPMQProcessor(GPTQProcessor):
             self.recording.recorder.resume(json.loads(own["recorded"]))
         if self.trajectories is not None:
             self.trajectories.resume(own["trajectories"])
-
-
-def within(error: Exception, task: EPMQ | NamedModule, doing: str) -> Exception:
-    """What to raise on the main thread for an error that a worker met: it names the layer."""
-    what = f"`{task.full_name}`: {doing}"
-    if is_out_of_memory(error) or is_lost_device(error):
-        told = device_error(error, what, task.module.weight.device)
-        told.__cause__ = error
-        return told
-    if ran_full(error):
-        return disk_error(error, what)
-    if not isinstance(error, EPMQError) and hasattr(error, "add_note"):
-        error.add_note(f"epmq_gptq: {what}")  # Python 3.11
-    return error
-
-
-def disk_error(error: Exception, what: str) -> EPMQError:
-    """What to say where there is no room for what a run puts aside."""
-    told = EPMQError(
-        f"{what}: the disk ran full where a run keeps finished layers and statistics until they "
-        "are saved.",
-        code="EPMQ-F44",
-        subject="the folder of temporary files",
-        remedy="Free some space, or set the variable TMPDIR to a folder on another disk. A run "
-        "with a checkpoint keeps its layers there, and goes on from what it has committed.",
-    )
-    told.__cause__ = error
-    return told
 
 
 def _rows(X: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
