@@ -69,8 +69,10 @@ class _Batch:
             self._done.add(call)
         elif call not in self._done:
             self._steps[call] = step
-            # Beside the pieces that come there may be no room for it on a GPU.
-            self._parts.setdefault(call, []).append((self._piece.start, part.detach().cpu()))
+            # Beside the pieces that come there may be no room for it on a GPU; and a stream may be
+            # added to in place before it is looked at.
+            part = part.detach().to("cpu", copy=True)
+            self._parts.setdefault(call, []).append((self._piece.start, part))
 
     def finish(self, device: torch.device) -> None:
         """Give every step what was kept for it, in the order in which they came first."""
