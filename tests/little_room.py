@@ -15,7 +15,11 @@ from epmq_gptq.errors import EPMQWarning
 
 
 def full() -> torch.OutOfMemoryError:
-    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+    """What torch raises where a GPU has no room."""
+    return torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB "
+        "of which 1.12 GiB is free."
+    )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import tiny
 import torch
 from gptqmodel.quantization.gptq import GPTQ
 from judge import stored
+from little_room import full
 
 from epmq_gptq import EPMQConfig, EPMQDeviceError, layer_loop, out_of_memory
 from epmq_gptq.deltas import WeightDelta
@@ -30,14 +31,6 @@ from epmq_gptq.task import EPMQ
 from epmq_gptq.trajectories import ExpertTrajectories
 
 TESTS = Path(__file__).parents[1]
-GPU_TEXT = (
-    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of "
-    "which 1.12 GiB is free."
-)
-
-
-def full(text: str = GPU_TEXT) -> torch.OutOfMemoryError:
-    return torch.OutOfMemoryError(text)
 
 
 # ---- products: fewer rows, then the CPU ----------------------------------------------------------
@@ -358,19 +351,20 @@ print("SAVED")
 """
 
 
-def child(given, **options):
+def child(merged, experts, folder, *, env, cwd, **given):
+    """Quantize in a process of its own and save as ``out`` in a folder; it must come to its end."""
     given = {
-        "rows": 2,
-        "length": 40,
-        "limit": 0,
-        "limit_at": "",
-        "batch_size": 1,
-        "dynamic": None,
+        "merged": str(merged),
+        "experts": {name: str(path) for name, path in experts.items()},
+        "out": str(folder / "out"),
+        **{"rows": 2, "length": 40, "batch_size": 1, "dynamic": None, "limit": 0, "limit_at": ""},
     } | given
     command = [sys.executable, "-c", CHILD.format(tests=str(TESTS)), json.dumps(given)]
-    root = str(TESTS.parent)
-    options["env"] = {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"} | options["env"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    env = {"PYTHONPATH": str(TESTS.parent), "PYTHONDONTWRITEBYTECODE": "1"} | env
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, cwd=cwd)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert done.stdout.rstrip().endswith("SAVED")
+    return done
 
 
 def environment(**changed):
@@ -384,18 +378,10 @@ def with_limit(tmp_path, limit, batch_size):
     """A run of long rows through a wide MLP, with a limit from its first MLP on."""
     wide = {"intermediate_size": 20480, "max_position_embeddings": 2048}
     merged, experts = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1, **wide))
-    given = {
-        "merged": str(merged),
-        "experts": {name: str(path) for name, path in experts.items()},
-        **{"out": str(tmp_path / "out"), "rows": batch_size, "length": 768},
-        # What is written there is not counted: its Gram would be larger than all else.
-        **{"batch_size": batch_size, "dynamic": {"-:.*down_proj": {}}},
-        **{"limit": limit << 20, "limit_at": "LlamaMLP"},
-    }
-    done = child(given, env=environment(), cwd=tmp_path)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert done.stdout.rstrip().endswith("SAVED")
-    return done
+    given = dict(rows=batch_size, length=768, batch_size=batch_size, limit=limit << 20)
+    # What is written there is not counted: its Gram would be larger than all else.
+    given |= dict(limit_at="LlamaMLP", dynamic={"-:.*down_proj": {}})
+    return child(merged, experts, tmp_path, env=environment(), cwd=tmp_path, **given)
 
 
 @pytest.mark.fault(
@@ -431,16 +417,11 @@ def test_a_row_that_does_not_fit(tmp_path):
 )
 def test_no_further_thread(tmp_path):
     merged, experts = tiny.family(tmp_path, experts=1, model=tiny.llama(layers=1))
-    given = {
-        "merged": str(merged),
-        "experts": {name: str(path) for name, path in experts.items()},
-        **{"out": str(tmp_path / "out"), "limit": 500 << 20, "limit_at": "quantize"},
-    }
-    done = child(given, env=environment(GPTQMODEL_CPU_WORKERS="400"), cwd=tmp_path)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    env = environment(GPTQMODEL_CPU_WORKERS="400")
+    limit = dict(limit=500 << 20, limit_at="quantize")
+    done = child(merged, experts, tmp_path, env=env, cwd=tmp_path, **limit)
     assert "SAID EPMQ-F46 starting the workers: the system gives this process no" in done.stdout
     assert "GPTQMODEL_CPU_WORKERS" in done.stdout
-    assert done.stdout.rstrip().endswith("SAVED")
 
 
 @pytest.fixture
@@ -473,14 +454,8 @@ def test_odd_places(tmp_path, read_only):
     merged, experts = tiny.family(odd, experts=1, model=tiny.llama(layers=1))
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    given = {
-        "merged": str(merged),
-        "experts": {name: str(path) for name, path in experts.items()},
-        "out": str(odd / "out"),
-    }
-    done = child(given, env=environment(HOME=str(read_only), TMPDIR=str(temporary)), cwd=read_only)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert done.stdout.rstrip().endswith("SAVED")
+    env = environment(HOME=str(read_only), TMPDIR=str(temporary))
+    child(merged, experts, odd, env=env, cwd=read_only)
     left = [one.name for one in temporary.iterdir()]
     assert all(name.startswith("torchinductor") for name in left), left  # a cache of torch's
     assert not list(read_only.iterdir())
