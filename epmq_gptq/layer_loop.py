@@ -420,7 +420,8 @@ def _loop(
             looper = ModuleLooper(model, processors=[processor], **options)
         processor.stop_loop = looper._request_loop_stop
         moving = _moving_with(processor, model.model)
-        with _fast_rounding(device), moving, in_row_pieces(layers_of(model)), told, stopping:
+        pieces = in_row_pieces(layers_of(model).values())
+        with _fast_rounding(device), moving, pieces, told, stopping:
             log = looper.loop(backend=backend, fallback=config.fallback)
         if processor.failure is not None:
             raise processor.failure

@@ -175,9 +175,10 @@ def is_routed(name: str) -> bool:
     return _ROUTED.fullmatch(name) is not None
 
 
-def layers_of(model: BaseQModel) -> list[torch.nn.Module]:
-    """The layers that the host runs one after the other."""
-    return get_layers_with_prefixes(model.model, model.extract_layers_node())[0]
+def layers_of(model: BaseQModel) -> dict[str, torch.nn.Module]:
+    """The layers that the host runs one after the other, by their names."""
+    layers, names = get_layers_with_prefixes(model.model, model.extract_layers_node())
+    return dict(zip(names, layers, strict=True))
 
 
 def _definition(model: BaseQModel) -> tuple[list[list[str]], list[str]]:
@@ -185,8 +186,7 @@ def _definition(model: BaseQModel) -> tuple[list[list[str]], list[str]]:
     groups = model.simple_layer_modules(
         model_config=model.model.config, quantize_config=model.quantize_config
     )
-    _, layers = get_layers_with_prefixes(model.model, model.extract_layers_node())
-    return groups, layers
+    return groups, list(layers_of(model))
 
 
 def _joined(

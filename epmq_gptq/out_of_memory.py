@@ -132,14 +132,18 @@ def with_room(step: Callable[..., T], *values: Any) -> T:
 
 def on_cpu(value: Any) -> Any:
     """The value with its tensors on the CPU."""
+    return mapped(torch.Tensor.cpu, value)
+
+
+def mapped(step: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """The value with ``step`` of every tensor among its tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
-        return value.cpu()
+        return step(value)
     if isinstance(value, dict):
-        return {key: on_cpu(one) for key, one in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(on_cpu, value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(on_cpu, value))
+        return {key: mapped(step, one) for key, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [mapped(step, one) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 
@@ -200,7 +204,7 @@ def device_error(error: BaseException, what: str, device: torch.device | str) ->
     # A GPU was asked, but it may be the machine's memory that was short.
     if isinstance(error, MemoryError) or "allocate memory" in str(error).lower():
         device = torch.device("cpu")
-    numbers = [f"{asked_for(str(error))} were asked for"]
+    numbers = [f"{asked_for(error)} were asked for"]
     with contextlib.suppress(Exception):  # numbers are all that is lost here
         room, peak = free_memory(device), peak_memory(device)
         if room is not None:
@@ -232,9 +236,9 @@ def given_up(what: str, device: torch.device | str) -> Iterator[None]:
         raise
 
 
-def asked_for(text: str) -> str:
+def asked_for(error: BaseException) -> str:
     """How much an allocation that failed was to have, from the words of its error."""
-    found = re.search(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", text)
+    found = re.search(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(error))
     if found is None:
         return "an unknown number of bytes"
     number, unit = found.groups()

@@ -21,7 +21,7 @@ from gptqmodel.nn_modules.hooked_linear import StopForward
 from torch import Tensor, nn
 
 from .errors import EPMQWarning
-from .out_of_memory import asked_for, forget_cached, is_out_of_memory, on_cpu
+from .out_of_memory import asked_for, forget_cached, is_out_of_memory, mapped
 
 Step = Callable[[Tensor], None]
 
@@ -150,7 +150,7 @@ class _Limit:
         if self.rows is None:
             warnings.warn(
                 EPMQWarning(
-                    f"a forward pass of {of} rows found no memory ({asked_for(str(error))} were "
+                    f"a forward pass of {of} rows found no memory ({asked_for(error)} were "
                     f"asked for): batches are run {rows} rows at a time from here on, or fewer. A "
                     f"`batch_size` of {rows} is faster.",
                     code="EPMQ-F46",
@@ -174,16 +174,17 @@ def _in_pieces(forward: Callable[..., Any], limit: _Limit) -> Callable[..., Any]
     def run(layer: nn.Module, *arguments: Any, **options: Any) -> Any:
         if _here.batch is not None:  # a layer within a layer
             return forward(layer, *arguments, **options)
-        rows = _rows((arguments, options))
+        call = _Call(functools.partial(forward, layer), arguments, options)
+        rows = _rows(call)
         batch = _here.batch = _Batch()
         try:
             if limit.rows is None or rows <= limit.rows:
-                result = _tried(forward, layer, arguments, options)
+                result = call.tried()
                 if result.lack is None or (_here.whole and limit.rows is None):
                     return _given(result)
                 if rows > 1:
                     limit.lower(-(-rows // 2), rows, result.lack)
-            return _given(_run(forward, layer, arguments, options, batch, limit, rows))
+            return _given(_run(layer, call, rows, batch, limit))
         finally:
             _here.batch = None
 
@@ -196,43 +197,52 @@ def _given(result: _Result) -> Any:
     return result.output
 
 
-def _tried(forward: Callable[..., Any], layer: nn.Module, arguments: Any, options: Any) -> _Result:
-    # A function, for as long as a traceback lives, so do the tensors of its frames.
-    try:
-        return _Result(forward(layer, *arguments, **options))
-    except StopForward as stop:
-        return _Result(stop=stop)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return _Result(lack=error.with_traceback(None))
+class _Call(NamedTuple):
+    """A forward pass of a layer that is to be tried."""
+
+    forward: Callable[..., Any]
+    arguments: tuple
+    options: dict[str, Any]
+
+    def mapped(self, step: Callable[[Tensor], Tensor]) -> _Call:
+        """The same of other tensors."""
+        return self._replace(
+            arguments=mapped(step, self.arguments), options=mapped(step, self.options)
+        )
+
+    def given(self) -> Iterator[Any]:
+        """All that its arguments hold."""
+        return _leaves((self.arguments, self.options))
+
+    def tried(self) -> _Result:
+        """What it returned or raised."""
+        # A function, for as long as a traceback lives, so do the tensors of its frames.
+        try:
+            return _Result(self.forward(*self.arguments, **self.options))
+        except StopForward as stop:
+            return _Result(stop=stop)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return _Result(lack=error.with_traceback(None))
 
 
-def _run(
-    forward: Callable[..., Any],
-    layer: nn.Module,
-    arguments: tuple,
-    options: dict[str, Any],
-    batch: _Batch,
-    limit: _Limit,
-    rows: int,
-) -> _Result:
+def _run(layer: nn.Module, call: _Call, rows: int, batch: _Batch, limit: _Limit) -> _Result:
     """The rows in pieces of at most ``limit`` rows, or fewer where there is no room for these."""
-    given = arguments, options
-    device = next(_tensors(given)).device
+    device = next(filter(torch.is_tensor, call.given())).device
     results: list[_Result] = []
     start = 0
     while start < rows:
         piece = range(start, min(rows, start + (limit.rows or rows)))
         batch.begin(piece)
-        part = _part(given, rows, piece)
-        result = _tried(forward, layer, *part)
+        part = call.mapped(functools.partial(_part, rows=rows, piece=piece))
+        result = part.tried()
         if result.lack is not None and len(piece) > 1:
             limit.lower(-(-len(piece) // 2), rows, result.lack)
             continue
         if result.lack is not None:
             batch.begin(piece)
-            result = _tried_on_cpu(forward, layer, *part) or result
+            result = _tried_on_cpu(layer, part) or result
         if result.lack is not None:
             return result
         results.append(result)
@@ -243,9 +253,7 @@ def _run(
     return _Result(_joined([result.output for result in results]))
 
 
-def _tried_on_cpu(
-    forward: Callable[..., Any], layer: nn.Module, arguments: tuple, options: dict[str, Any]
-) -> _Result | None:
+def _tried_on_cpu(layer: nn.Module, call: _Call) -> _Result | None:
     """The same on the CPU; None where that is where it ran, or one of several devices."""
     devices = {tensor.device for tensor in (*layer.parameters(), *layer.buffers())}
     if len(devices) != 1 or devices == {torch.device("cpu")}:
@@ -254,64 +262,44 @@ def _tried_on_cpu(
     layer.to("cpu")
     forget_cached()
     try:
-        result = _tried(forward, layer, on_cpu(arguments), on_cpu(options))
+        result = call.mapped(Tensor.cpu).tried()
     finally:
         layer.to(device)
-    return result._replace(output=_mapped(lambda tensor: tensor.to(device), result.output))
+    return result._replace(output=mapped(lambda tensor: tensor.to(device), result.output))
 
 
 # ---- what a layer is given, and gives ------------------------------------------------------------
 
 
-def _rows(given: tuple[tuple, dict[str, Any]]) -> int:
+def _rows(call: _Call) -> int:
     """The rows of the batch that a layer is given; 1 where it cannot be taken apart.
 
     Hidden states are the first tensor of three axes. Where they have as many rows as tokens, it
     cannot be told which axis of another tensor is that of the rows.
     """
-    states = next((tensor for tensor in _tensors(given) if tensor.dim() == 3), None)
-    if states is None or states.shape[0] == states.shape[1] or not _is_plain(given):
+    given = list(call.given())
+    states = next((one for one in given if torch.is_tensor(one) and one.dim() == 3), None)
+    if states is None or states.shape[0] == states.shape[1]:
+        return 1
+    if not all(isinstance(one, (Tensor, *_PLAIN)) for one in given):
         return 1
     return max(1, states.shape[0])
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
+def _leaves(value: Any) -> Iterator[Any]:
+    """What tuples, lists and dicts hold in the end."""
+    if isinstance(value, (tuple, list, dict)):
         for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(one)
+            yield from _leaves(one)
+    else:
+        yield value
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (Tensor, *_PLAIN))
-
-
-def _part(value: Any, rows: int, piece: range) -> Any:
-    """Some rows of every tensor that has rows."""
-
-    def part(tensor: Tensor) -> Tensor:
-        if tensor.dim() < 2 or tensor.shape[0] != rows:
-            return tensor
-        return tensor[piece.start : piece.stop]
-
-    return _mapped(part, value)
-
-
-def _mapped(step: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return step(value)
-    if isinstance(value, dict):
-        return {key: _mapped(step, one) for key, one in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(step, one) for one in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(step, one) for one in value)
-    return value
+def _part(tensor: Tensor, rows: int, piece: range) -> Tensor:
+    """Some rows, where it has rows."""
+    if tensor.dim() < 2 or tensor.shape[0] != rows:
+        return tensor
+    return tensor[piece.start : piece.stop]
 
 
 def _joined(outputs: list[Any]) -> Any:
