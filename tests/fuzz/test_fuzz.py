@@ -6,12 +6,14 @@ minutes. What it finds is kept in ``corpus/found`` and read in every run from th
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -87,6 +89,7 @@ def attempt(target: Target, content: bytes, folder: Path):
 
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(SECONDS)
+    gc.disable()  # a temporary folder of an earlier test's model opens it when it is collected
     _opened = []
     try:
         with warnings.catch_warnings():
@@ -97,6 +100,7 @@ def attempt(target: Target, content: bytes, folder: Path):
         return error
     finally:
         opened, _opened = _opened, None
+        gc.enable()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         for path in opened:
@@ -142,3 +146,19 @@ def test_the_hook_sees_what_is_opened_outside(tmp_path):
     for read in (follows, follows_natively):
         with pytest.raises(AssertionError, match="canary"):
             attempt(TARGETS[0]._replace(read=read), TARGETS[0].valid, tmp_path)
+
+
+def test_the_hook_blames_no_reader_for_what_an_earlier_test_left(tmp_path):
+    """A temporary folder in a cycle is opened, to empty it, whenever the collector runs."""
+    left = tempfile.TemporaryDirectory(dir=tmp_path)
+    cycle = [left]
+    cycle.append(cycle)
+    del left, cycle
+
+    def makes_the_collector_run(folder: Path) -> int:
+        return len([[] for _ in range(10 * gc.get_threshold()[0])])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        attempt(TARGETS[0]._replace(read=makes_the_collector_run), TARGETS[0].valid, tmp_path)
+        gc.collect()
