@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .deltas import WeightDelta
+from .out_of_memory import mapped
 from .run_report import ExpertError
 from .staging import Rows
 
@@ -60,7 +61,7 @@ class _Lack(NamedTuple):
     aim: torch.Tensor | None
 
     def to(self, device: torch.device) -> _Lack:
-        return _Lack(*(None if tensor is None else tensor.to(device) for tensor in self))
+        return mapped(lambda tensor: tensor.to(device), self)
 
 
 class RowSample:
@@ -86,6 +87,7 @@ class RowSample:
         self._steps = {member: -(-count // outputs) for member, count in members.items()}
         self._new: list[Rows] = []
         self._lacks: dict[str, dict[str, list[_Lack]]] = {member: {} for member in members}
+        self._folded: set[str] = set()  # members, since the last `done`
 
     def add(self, rows: Rows) -> None:
         """Keep these rows of the current expert; they are a copy already."""
@@ -96,11 +98,13 @@ class RowSample:
     ) -> None:
         """Work out what one layer lacks on the rows added since the last :meth:`done`.
 
+        Nothing comes of a second call: the fold that it is part of may be tried again.
+
         Args:
             delta: W_i − W_m, or None where it is zero.
             bias: b_i − b_m, or None where it is zero or of no interest.
         """
-        if not self._new:
+        if not self._new or member in self._folded:
             return
         step, found = self._steps[member], []
         for rows in _joined(self._new):
@@ -119,9 +123,10 @@ class RowSample:
                 if gap is not None:
                     aim = torch.add(aim, gap[:, ::step], alpha=self.rho)
                 if bias is not None:
-                    aim = aim + bias[::step]
+                    aim = aim + bias[::step].to(aim.device)
             found.append(_Lack(rows.X, rows.ahead, own, aim))
         self._lacks[member].setdefault(expert, []).extend(found)
+        self._folded.add(member)
 
     def _outputs(self, member: str, delta: WeightDelta | None, X: torch.Tensor) -> torch.Tensor:
         step = self._steps[member]
@@ -130,7 +135,7 @@ class RowSample:
 
     def done(self) -> None:
         """All layers were folded: the next rows are another expert's."""
-        self._new = []
+        self._new, self._folded = [], set()
 
     def merge_(self, other: RowSample) -> None:
         """Take what another sample of the same layers holds."""
@@ -150,10 +155,11 @@ class RowSample:
 
 
 def _joined(rows: Sequence[Rows]) -> Iterable[Rows]:
-    """The same rows in as few pieces as their kinds allow."""
+    """The same rows in as few pieces as their kinds and places allow."""
     kinds: dict[tuple, list[Rows]] = {}
     for one in rows:
-        kinds.setdefault(one.kinds, []).append(one)
+        # The sums may have moved to the CPU between two batches.
+        kinds.setdefault((one.kinds, one.X.device), []).append(one)
     for same in kinds.values():
         tensors = zip(*(one.tensors() for one in same), strict=True)
         yield same[0].of([torch.cat(list(pieces)) for pieces in tensors])
@@ -174,6 +180,9 @@ class _Sampled(NamedTuple):
     own: torch.Tensor
     aim: torch.Tensor | None
 
+    def to(self, device: torch.device) -> _Sampled:
+        return mapped(lambda tensor: tensor.to(device), self)
+
     @classmethod
     def of(cls, lack: _Lack, W_m: torch.Tensor, eta: float) -> _Sampled:
         given = lack.X.to(torch.float32) @ W_m.t()
@@ -193,10 +202,13 @@ class Watch(Protocol):
             W_target: ``(out, d)`` fp32, what will be rounded.
         """
 
+    def move_(self, device: torch.device) -> None:
+        """Go there: the weight may be solved for on the CPU and be rounded elsewhere."""
+
     def finish(
         self, Q: torch.Tensor, shift: torch.Tensor | None, errors: Mapping[str, ExpertError]
     ) -> None:
-        """Fill in the figures after rounding.
+        """Fill in the figures after rounding; may be called again where it finds no memory.
 
         Args:
             Q: ``(out, d)`` fp32, the rounded weight.
@@ -247,6 +259,12 @@ class LayerWatch:
                 aim=aim,
             )
         return found
+
+    def move_(self, device: torch.device) -> None:
+        """See :class:`Watch`."""
+        self._rows = {
+            expert: [one.to(device) for one in rows] for expert, rows in self._rows.items()
+        }
 
     def finish(
         self, Q: torch.Tensor, shift: torch.Tensor | None, errors: Mapping[str, ExpertError]

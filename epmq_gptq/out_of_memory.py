@@ -117,22 +117,57 @@ def add_on_cpu(C: torch.Tensor, L: torch.Tensor, R: torch.Tensor, alpha: float =
 def with_room(step: Callable[..., T], *values: Any) -> T:
     """``step(*values)``, or where there is no room for it, the same of copies on the CPU.
 
+    Values that lie on several devices, as they do where some were left on the CPU, are all brought
+    there first.
+
     Args:
         step: must leave its values as they were where it raises for lack of memory.
         values: tensors, or tuples, lists and dicts with tensors.
     """
+    if len(devices_of(values)) > 1:
+        values = on_cpu(values)
     try:
         return step(*values)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
     forget_cached()
-    return step(*(on_cpu(value) for value in values))
+    return step(*on_cpu(values))
+
+
+def made_on(device: torch.device, make: Callable[[torch.device], T]) -> T:
+    """``make(device)``, or where there is no room for it there, ``make`` of the CPU."""
+    try:
+        return make(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    forget_cached()
+    return make(torch.device("cpu"))
 
 
 def on_cpu(value: Any) -> Any:
-    """The value with its tensors on the CPU."""
-    return mapped(torch.Tensor.cpu, value)
+    """The value with its tensors on the CPU; one that it holds twice is one there, too."""
+    moved: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in moved:
+            moved[id(tensor)] = tensor.cpu()
+        return moved[id(tensor)]
+
+    return mapped(move, value)
+
+
+def devices_of(value: Any) -> set[torch.device]:
+    """Where the tensors among its tuples, lists and dicts lie."""
+    found: set[torch.device] = set()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.add(tensor.device)
+        return tensor
+
+    mapped(note, value)
+    return found
 
 
 def mapped(step: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:

@@ -35,7 +35,7 @@ from .errors import EPMQHostError, EPMQInputError, EPMQNumericalError
 from .experts import Experts
 from .failures import disk_error, within
 from .origins import Origin, Peaks, first_bad
-from .out_of_memory import ROOMS
+from .out_of_memory import ROOMS, made_on, with_room
 from .output import ran_full
 from .phases import Phases
 from .recorded.recording import Recording, Watched
@@ -261,9 +261,7 @@ class EPMQProcessor(GPTQProcessor):
             # Read from disk while this expert's batches run, for the fold that comes after them.
             self.experts.prefetch(expert, [self.tasks[name].full_name for name in group.names])
         keep = self._calibration_tokens(group.names[0])
-        group.peaks.add(expert, index, X, keep)
-        rows = _rows(X, keep)
-        Z, gaps = self._of_expert(group, index, X, keep)
+        rows, Z, gaps = with_room(lambda X: self._rows_of(group, index, X, keep), X)
         kept = sampled_rows(
             len(rows),
             self.qcfg.regret_rows,
@@ -281,6 +279,15 @@ class EPMQProcessor(GPTQProcessor):
                 statistics = group.statistics[key] = self._statistics(group, X.device)
             statistics.add(expert, rows, Z, gaps, kept)
 
+    def _rows_of(
+        self, group: SharedInput, batch: int, X: torch.Tensor, keep: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """The rows of a batch that count, with z and r_i − r of them, all where ``X`` is."""
+        Z, gaps = self._of_expert(group, batch, X, keep)
+        rows = _rows(X, keep)
+        group.peaks.add(self.plan.experts[batch], batch, X, keep)
+        return rows, Z, gaps
+
     def _of_expert(
         self, group: SharedInput, batch: int, X: torch.Tensor, keep: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
@@ -295,9 +302,9 @@ class EPMQProcessor(GPTQProcessor):
         for member in members if self.form.rho else ():
             theirs = self.trajectories.stream(member, batch)
             if theirs is not None:
-                ours = self._stream(member)
-                theirs = theirs.to(ours.device).float()
-                gaps[member] = _rows(theirs.reshape(ours.shape) - ours.detach().float(), keep)
+                ours = self._stream(member).detach().to(X.device).float()
+                theirs = theirs.to(X.device).float()
+                gaps[member] = _rows(theirs.reshape(ours.shape) - ours, keep)
                 group.written.add(member)
         return Z, gaps
 
@@ -491,8 +498,8 @@ class EPMQProcessor(GPTQProcessor):
             return fitted, held_out
         layers = []
         for task in tasks:
-            W_m = task.merged_weight(device)
-            check_merged(task, W_m)
+            W_m = made_on(device, task.merged_weight)
+            with_room(functools.partial(check_merged, task), W_m)
             layers.append(Watched(task.full_name, W_m, *self._shares(group, task)))
         empty = {name: one for name, one in fitted.items() if not one.total_tokens}
         kept = self.recording.keep(layers, columns, [fitted, held_out])

@@ -19,7 +19,7 @@ from .deltas import data_free_gram
 from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import Experts, check_finite
-from .out_of_memory import on_cpu, with_room
+from .out_of_memory import devices_of, made_on, on_cpu, with_room
 from .phases import Phases
 from .recorded.sums import RecordedStatistics
 from .statistics import GroupStatistics, Moments, combined
@@ -120,9 +120,9 @@ class TargetSolver:
         device = next(iter(fitted.values())).device
         merged = {}
         for task in tasks:
-            merged[task] = task.merged_weight(device)
+            merged[task] = made_on(device, task.merged_weight)
             # Nothing sensible can be made of a broken merge, whatever the policy.
-            check_merged(task, merged[task])
+            with_room(functools.partial(check_merged, task), merged[task])
             task.expect(tokens)
         if error is not None:
             if not isinstance(error, EPMQNumericalError):
@@ -139,9 +139,9 @@ class TargetSolver:
                 task.aim(merged[task], H, tokens=1)
             return
         taken = [{name: _taken(one, tasks, merged) for name, one in part.items()} for part in parts]
-        if len({part[tasks[0]].H.device for one in taken for part in one.values()}) > 1:
+        if len(devices_of((taken, merged))) > 1:
             # Some were left on the CPU, for lack of room.
-            taken, merged = on_cpu(taken), on_cpu(merged)
+            taken, merged = on_cpu((taken, merged))
         weights = self._weights(tasks, taken[0])
         moments = [_summed(part, weights) for part in taken]
         if not any(bool(part[tasks[0]].H.diagonal().any()) for part in moments):
@@ -165,10 +165,9 @@ class TargetSolver:
         if len(parts) < 2 or not self._weighting.keeps_apart:
             return dict.fromkeys(parts, 1.0)
         alpha = tasks[0].alpha if isinstance(tasks[0].alpha, float) else _ALPHA_OF_WEIGHTS
-        found = min_max_weights(
+        found = with_room(
+            lambda parts: min_max_weights(parts, alpha, anchor=self._anchor),
             {name: [part[task] for task in tasks] for name, part in parts.items()},
-            alpha,
-            anchor=self._anchor,
         )
         for task in tasks:
             task.report.weights = found
@@ -228,35 +227,43 @@ class TargetSolver:
         while cohorts:
             (alpha, _), cohort = cohorts.popitem()
             if cohorts:
-                H = moments[cohort[0]].H.clone()
+                H = with_room(torch.clone, moments[cohort[0]].H)
                 moments |= {task: moments[task]._replace(H=H) for task in cohort}
             self._aim_cohort(cohort, moments, alpha, group)
 
     def _with_data_free(self, task: EPMQ, W_m: torch.Tensor, known: Moments) -> Moments:
         """The moments of one layer with the experts that have no calibration rows."""
-        H, D = known.H, known.D
-        energy = float(H.diagonal().sum(dtype=torch.float64))
-        H_m = H.clone()
+        energy = float(known.H.diagonal().sum(dtype=torch.float64))
+        sums = with_room(torch.clone, known.H), known.D
         for expert, share in self._weighting.data_free.items():
-            task_vector = self._experts.task_vector(expert, task.full_name, H.device)
-            size = task_vector.size()
-            if not math.isfinite(size):
-                self._experts.check(expert, task.full_name)
-                check_finite(
-                    self._experts.base_weight(task.full_name),
-                    f"`base`: weight of `{task.full_name}`",
-                    module=task.full_name,
-                    code="EPMQ-F09",
-                )
-            if not size:
-                continue
-            C = data_free_gram(task_vector, share * energy)
-            H_m.add_(C)
-            difference = self._experts.delta(expert, task.full_name, W_m)
-            if difference.size():
-                D = torch.zeros_like(W_m) if D is None else D
-                difference.add_product_(D, C)
-        return known._replace(H=H_m, D=D)
+            add = functools.partial(self._add_data_free, task, expert, share * energy)
+            sums = with_room(add, W_m, *sums)
+        H, D = sums
+        return known._replace(H=H, D=D)
+
+    def _add_data_free(
+        self, task: EPMQ, expert: str, energy: float, W_m: torch.Tensor, H: torch.Tensor, D
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """H and D with one of these experts, whose stand-in for a Gram has a trace of ``energy``;
+        both are written to once all that is needed is there."""
+        task_vector = self._experts.task_vector(expert, task.full_name, H.device)
+        size = task_vector.size()
+        if not math.isfinite(size):
+            self._experts.check(expert, task.full_name)
+            check_finite(
+                self._experts.base_weight(task.full_name),
+                f"`base`: weight of `{task.full_name}`",
+                module=task.full_name,
+                code="EPMQ-F09",
+            )
+        if not size:
+            return H, D
+        C = data_free_gram(task_vector, energy)
+        difference = self._experts.delta(expert, task.full_name, W_m)
+        if difference.size():
+            D = torch.zeros_like(W_m) if D is None else D
+            difference.add_product_(D, C)
+        return H.add_(C), D
 
     def _aim_cohort(
         self,
@@ -404,11 +411,16 @@ def _summed(
     # A routed module may be reached by an expert's held-out rows alone.
     factors = [weights.get(name, 1.0) for name in parts]
     first = next(iter(parts.values()))
-    H = sum(
-        factor * next(iter(part.values())).H
-        for part, factor in zip(parts.values(), factors, strict=True)
+    H = with_room(
+        lambda grams: sum(factor * one for factor, one in zip(factors, grams, strict=True)),
+        [next(iter(part.values())).H for part in parts.values()],
     )
-    return {task: combined([p[task] for p in parts.values()], factors, H) for task in first}
+    return {
+        task: with_room(
+            lambda parts, H: combined(parts, factors, H), [p[task] for p in parts.values()], H
+        )
+        for task in first
+    }
 
 
 def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:

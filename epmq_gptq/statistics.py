@@ -32,7 +32,7 @@ from .errors import EPMQInputError, EPMQNumericalError
 from .kernels.gram import ROWS, gram_update, mirror_
 from .kernels.product import cross_update, in_parts, product_update, torch_product_update
 from .origins import Origin
-from .out_of_memory import forget_cached, is_out_of_memory
+from .out_of_memory import forget_cached, is_out_of_memory, with_room
 from .phases import Phases
 from .staging import Rows, Stage
 
@@ -92,8 +92,10 @@ def combined(parts: Sequence[Moments], weights: Sequence[float], H: torch.Tensor
     D = inputs = outputs = None
     for part, weight in zip(parts, weights, strict=True):
         if part.D is not None:
-            scaled = part.D if weight == 1 else part.D * weight
-            D = scaled if D is None else D.add_(scaled)
+            if D is None:
+                D = part.D if weight == 1 else part.D * weight
+            else:  # takes no memory: whoever has none for the first may try again
+                D.add_(part.D, alpha=weight)
         if part.inputs is not None:
             # Never in place: layers of one input hold one and the same sum of it.
             inputs = weight * part.inputs + (0 if inputs is None else inputs)
@@ -579,7 +581,8 @@ class GroupStatistics:
         if outputs is None:
             outputs = self._zeros(self.members[member])
         if t is not None:
-            outputs = outputs.add_(W_m.to(self.device) @ t, alpha=self.form.eta)
+            of_merge = with_room(torch.mv, W_m, t).to(self.device)
+            outputs = outputs.add_(of_merge, alpha=self.form.eta)
         inputs = self._zeros(self.columns) if self._total.s is None else self._total.s
         return Moments(H, D, inputs, outputs, self._total.count)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import types
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import check_finite
 from .kernels.factor import inverse_factor
-from .out_of_memory import ROOMS, forget_cached, is_out_of_memory
+from .out_of_memory import ROOMS, forget_cached, is_out_of_memory, with_room
 from .run_report import ModuleReport
 from .statistics import Moments
 from .target import gain
@@ -130,8 +131,10 @@ class EPMQ(GPTQ):
         """b − b_m for the rounded weight, or None where the bias stays."""
         if self._bias is None:
             return None
-        aim = self._bias
-        return (aim.outputs - self._matrix(Q) @ aim.inputs) / aim.count
+        shift = with_room(
+            lambda Q, aim: (aim.outputs - self._matrix(Q) @ aim.inputs) / aim.count, Q, self._bias
+        )
+        return shift.to(Q.device)
 
     def _matrix(self, Q: torch.Tensor) -> torch.Tensor:
         """A weight as the host returns it, as ``(out, d)`` fp32."""
@@ -225,8 +228,14 @@ class EPMQ(GPTQ):
 
     def _finish_watch(self, Q: torch.Tensor, shift: torch.Tensor | None) -> None:
         watch, self._watch = self._watch, None
-        if watch is not None:
+        if watch is None:
+            return
+
+        def finish(Q: torch.Tensor, shift: torch.Tensor | None) -> None:
+            watch.move_(Q.device)
             watch.finish(self._matrix(Q), shift, self.report.experts)
+
+        with_room(finish, Q, shift)
 
     def _rounded(self, blocksize: int):
         """Round what is aimed at, and say in the report how well it went."""
@@ -288,15 +297,17 @@ class EPMQ(GPTQ):
         """``result``, or the rounded merge where that is better on the held-out rows."""
         if self._guard is None:
             return result
-        W_m, H_E, held_out = self._guard
-        ours = gain(self._matrix(result[0]) - W_m, self._bias_shift(result[0]), held_out)
+        guard = self._guard
+        ours = self._gain(result[0], self._bias_shift(result[0]), guard)
         self.report.held_out_gain = ours
         if ours >= 0:  # better than even the merge that is not rounded
             return result
         numbers = self.report.loss, self.report.excess
-        self.aim(W_m, H_E, self.nsamples)
+        # Of a copy, for the host works on what it is given.
+        aim = functools.partial(self.aim, tokens=self.nsamples)
+        with_room(lambda W, H: aim(W.clone(), H), guard.W_m, guard.H_E)
         plain = self._rounded(blocksize)
-        theirs = gain(self._matrix(plain[0]) - W_m, None, held_out)
+        theirs = self._gain(plain[0], None, guard)
         if theirs <= ours:
             self.report.loss, self.report.excess = numbers
             return result
@@ -304,6 +315,13 @@ class EPMQ(GPTQ):
         self.report.target = "merged"
         self.report.reason = "rounded, its target was worse on the held-out rows"
         return plain
+
+    def _gain(self, Q: torch.Tensor, shift: torch.Tensor | None, guard: Guard) -> float:
+        """Of a rounded weight over the merge, on the held-out rows."""
+        return with_room(
+            lambda Q, shift, W_m, held_out: gain(self._matrix(Q) - W_m, shift, held_out),
+            *(Q, shift, guard.W_m, guard.held_out),
+        )
 
     def _round_to_nearest(self, blocksize: int):
         self.H = None

@@ -179,30 +179,35 @@ class ExpertTrajectories:
 
     def _run(self, stack: LayerStack, index: int, *, capture: bool) -> None:
         assert self._next[stack.path] == index, "layers are entered in forward order"
-        layer, own = stack.name(index), self._skeleton.within(stack.name(index))
+        own = self._skeleton.within(stack.name(index))
         if capture:
             self._inputs = [{} for _ in self._plan.batches]
             self._streams = [{} for _ in self._plan.batches]
-        goes_on = index + 1 < len(stack.layers) or stack.is_read
-        for expert in self._names:
-            if expert in self.left:
-                continue
-            batches = [b for b, owner in enumerate(self._plan.experts) if owner == expert]
-            with self._phases.measure("expert_reading"):
-                self._fill(expert, stack, index, own)
-            self._read_ahead(expert, stack, index)
-            with self._walk.at(self._skeleton.stacks, stack, index) as run:
-                for batch in batches:
-                    output = self._with_room(stack, index, batch, run, capture)
-                    if not _is_finite(output):
-                        self._leave(expert, layer, batches, (batch, output))
-                        break
-                    if goes_on:
-                        self._walk.keep(stack, batch, output)
+        with given_up(f"`{stack.name(index)}`: an expert's own pass", self._skeleton.device):
+            for expert in self._names:
+                if expert not in self.left:
+                    with self._phases.measure("expert_reading"):
+                        self._with_room(lambda expert=expert: self._fill(expert, stack, index, own))
+                    self._read_ahead(expert, stack, index)
+                    self._run_expert(expert, stack, index, capture)
         self._skeleton.empty(own)
         self._next[stack.path] = index + 1
         if index + 1 == len(stack.layers):
             self._walk.leave(stack)
+
+    def _run_expert(self, expert: str, stack: LayerStack, index: int, capture: bool) -> None:
+        goes_on = index + 1 < len(stack.layers) or stack.is_read
+        batches = [b for b, owner in enumerate(self._plan.experts) if owner == expert]
+        with self._walk.at(self._skeleton.stacks, stack, index) as run:
+            for batch in batches:
+                output = self._with_room(
+                    lambda batch=batch: self._run_batch(stack, index, batch, run, capture)
+                )
+                if not _is_finite(output):
+                    self._leave(expert, stack.name(index), batches, (batch, output))
+                    break
+                if goes_on:
+                    self._walk.keep(stack, batch, output)
 
     def _read_ahead(self, expert: str, stack: LayerStack, index: int) -> None:
         """While an expert runs a layer, have what comes after it read from disk."""
@@ -216,21 +221,18 @@ class ExpertTrajectories:
                 names[place], [name for name in self._linears if name.startswith(prefix)]
             )
 
-    def _with_room(
-        self, stack: LayerStack, index: int, batch: int, run: Callable[[int], Any], capture: bool
-    ) -> Any:
-        """:meth:`_run_batch`; where there is no room for it, once more beside less that is kept."""
-        with given_up(f"`{stack.name(index)}`: an expert's own pass", self._skeleton.device):
-            try:
-                with whole_batches():
-                    return self._run_batch(stack, index, batch, run, capture)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            # What the merge will be compared with is most of what is held here; it is wanted later.
-            self._inputs, self._streams = on_cpu(self._inputs), on_cpu(self._streams)
-            forget_cached()
-            return self._run_batch(stack, index, batch, run, capture)
+    def _with_room(self, step: Callable[[], Any]) -> Any:
+        """``step()``; where there is no room for it, once more beside less that is kept."""
+        try:
+            with whole_batches():
+                return step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # What the merge will be compared with is most of what is held here; it is wanted later.
+        self._inputs, self._streams = on_cpu((self._inputs, self._streams))
+        forget_cached()
+        return step()
 
     def _run_batch(
         self,

@@ -19,6 +19,7 @@ from epmq_gptq.calibration import plan_calibration
 from epmq_gptq.choice import GRID, Chosen
 from epmq_gptq.solver import PLAIN_DAMPING
 from epmq_gptq.target import ANCHORS
+from epmq_gptq.task import EPMQ
 from epmq_gptq.tokens import EncodedCalibration, RowCounts, TokenRow
 
 
@@ -171,14 +172,26 @@ def test_where_nothing_is_better_on_held_out_rows_the_merge_is_rounded(contradic
         assert differ < 0.01, module.module
 
 
+@pytest.mark.parametrize("order", [{}, {"act_group_aware": False}])
 def test_the_guard_takes_the_rounded_merge_where_the_rounded_target_is_worse(
-    contradiction, tmp_path, monkeypatch
+    contradiction, tmp_path, monkeypatch, order
 ):
+    """In both orders of columns: in the natural one GPTQModel rounds what it is given in place."""
+
     def careless(fitted, held_out, **options):
         return Chosen(0.001, {0.001: 1.0})
 
+    compared, gain, rounded = [], EPMQ._gain, EPMQ._quantized
+
+    def watched(self, Q, shift, guard):
+        compared.append((self.full_name, guard.W_m.clone()))
+        return gain(self, Q, shift, guard)
+
     monkeypatch.setattr(solver, "choose_alpha", careless)
-    report = quantize(contradiction, tmp_path / "out", alpha="auto")
+    monkeypatch.setattr(EPMQ, "_gain", watched)
+    # Blocks of fewer columns than the layers have.
+    monkeypatch.setattr(EPMQ, "_quantized", lambda self, blocksize: rounded(self, 32))
+    report = quantize(contradiction, tmp_path / "out", alpha="auto", **order)
     guarded = {m.module: m for m in report.modules if m.target == "merged"}
     first = [f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"]
     assert set(first) <= set(guarded)
@@ -188,7 +201,9 @@ def test_the_guard_takes_the_rounded_merge_where_the_rounded_target_is_worse(
     for name in first:
         step = W_m[f"{name}.weight"].abs().amax() * 2 / 15
         assert (got[name] - W_m[f"{name}.weight"]).abs().max() < 3 * step
-    assert codes(tmp_path / "out")
+    assert len(compared) > len(guarded) and all(
+        torch.equal(W, W_m[f"{name}.weight"]) for name, W in compared
+    )
 
 
 def test_minmax_weighs_the_experts_by_what_is_kept_of_them(contradiction, tmp_path):

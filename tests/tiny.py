@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+# Where models are quantized that are loaded here: `make test-gpu` sets "cuda".
+DEVICE = os.environ.get("EPMQ_TEST_DEVICE", "cpu")
 VOCABULARY = 260
 TOKENS = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
@@ -53,10 +56,10 @@ def llama(layers: int = 2, hidden: int = 64, **shape: int) -> LlamaForCausalLM:
 
 
 def load(merged: Path, config):
-    """A model to be quantized, computing in float32 on the CPU."""
+    """A model to be quantized, computing in float32."""
     from gptqmodel import GPTQModel
 
-    return GPTQModel.load(str(merged), config, dtype=torch.float32, device="cpu")
+    return GPTQModel.load(str(merged), config, dtype=torch.float32, device=DEVICE)
 
 
 def reload(folder: Path):

@@ -12,6 +12,7 @@ import torch
 from ..choice import MOST, OUTPUTS
 from ..kernels.gram import ROWS
 from ..linears import Linear, resolve
+from ..out_of_memory import is_out_of_memory
 from ..recorded.half import packed_bytes
 from .serving import Export
 
@@ -219,14 +220,24 @@ def flops(
 
 def measure_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s of a square matrix product on this device, the best of those in 0.15 s."""
-    kind = torch.device(device).type
-    size = _MEASURE_SIZE.get(kind, _MEASURE_SIZE["cpu"])
+    size = _MEASURE_SIZE.get(torch.device(device).type, _MEASURE_SIZE["cpu"])
+    while True:
+        try:
+            return _rate(size, device, dtype)
+        except Exception as error:
+            # No reason to refuse a run; of a smaller product it only says less.
+            if not is_out_of_memory(error) or size < 2:
+                raise
+        size //= 2
+
+
+def _rate(size: int, device: str, dtype: torch.dtype) -> float:
     A = torch.randn(size, size, device=device).to(dtype)
     best, deadline = float("inf"), time.perf_counter() + _MEASURE_SECONDS
     while True:
         start = time.perf_counter()
         A @ A
-        if kind == "cuda":
+        if A.is_cuda:
             torch.cuda.synchronize(device)
         now = time.perf_counter()
         best = min(best, now - start)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..out_of_memory import made_on
 from ..statistics import Moments
 from .half import PackedDelta, PackedGram, pack_delta, pack_gram, unpack_delta, unpack_gram
 
@@ -93,7 +94,7 @@ class RecordedStatistics:
         expert: its name.
         sums: of that expert.
         weight: β_i, which the stored sums are without.
-        device: where the numbers go.
+        device: where the numbers go; the CPU where there is no room for them.
     """
 
     sample = None
@@ -107,7 +108,7 @@ class RecordedStatistics:
 
     def gram(self) -> torch.Tensor:
         """``β_i H_i: (d, d)`` fp32."""
-        H = unpack_gram(self._sums.gram, self.device)
+        H = made_on(self.device, lambda device: unpack_gram(self._sums.gram, device))
         return H if self._weight == 1 else H.mul_(self._weight)
 
     def take(self, member: str, H: torch.Tensor, W_m: torch.Tensor | None = None) -> Moments:
@@ -116,7 +117,8 @@ class RecordedStatistics:
         count = weight * self._sums.tokens
         D = None
         if layer.delta is not None:
-            D = unpack_delta(layer.delta, self._sums.gram.norms, self.device)
+            norms = self._sums.gram.norms
+            D = made_on(self.device, lambda device: unpack_delta(layer.delta, norms, device))
             D = D if weight == 1 else D.mul_(weight)
         if self._sums.inputs is None:
             return Moments(H, D, count=count)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..out_of_memory import with_room
 from ..run_report import ExpertError
 from ..statistics import Moments
 from ..target import gain
@@ -39,9 +40,7 @@ class RecordedWatch:
             energy = lack
             for moments in self._moments(expert):
                 # W_i = W_m + Δ: tr[W_i H W_iᵀ] is that of W_m, twice tr[W_m Dᵀ], and the lack.
-                energy += float(((self._W_m @ moments.H) * self._W_m).sum(dtype=torch.float64))
-                if moments.D is not None:
-                    energy += 2 * float((self._W_m * moments.D).sum(dtype=torch.float64))
+                energy += with_room(_of_merge, self._W_m, moments)
             if not energy > 0:
                 continue
             tokens = sum(one.tokens for one in each)
@@ -54,22 +53,30 @@ class RecordedWatch:
             )
         return found
 
+    def move_(self, device: torch.device) -> None:
+        """See :class:`~epmq_gptq.deviation.Watch`."""
+        self._W_m = self._W_m.to(device)
+
     def finish(
         self, Q: torch.Tensor, shift: torch.Tensor | None, errors: Mapping[str, ExpertError]
     ) -> None:
         """See :class:`~epmq_gptq.deviation.Watch`."""
-        change = Q - self._W_m
         for expert, error in errors.items():
             energy = error.energy * error.rows
             error.rounded = self._left(expert, Q) / energy
             # A gain without D is less what the change costs.
-            moved = -sum(gain(change, None, m._replace(D=None)) for m in self._moments(expert))
+            moved = -sum(self._gain(Q, m._replace(D=None)) for m in self._moments(expert))
             error.quantization = moved / energy
         self._sums = {}
 
     def _left(self, expert: str, W: torch.Tensor) -> float:
-        gained = sum(gain(W - self._W_m, None, moments) for moments in self._moments(expert))
+        gained = sum(self._gain(W, moments) for moments in self._moments(expert))
         return max(self._lacks[expert] - gained, 0.0)  # below 0 by what half precision lost
+
+    def _gain(self, W: torch.Tensor, moments: Moments) -> float:
+        return with_room(
+            lambda W, W_m, moments: gain(W - W_m, None, moments), W, self._W_m, moments
+        )
 
     def _moments(self, expert: str) -> list[Moments]:
         """Unpacked anew each time: rounding waits for nobody, and a Gram is large."""
@@ -78,3 +85,11 @@ class RecordedWatch:
             statistics = RecordedStatistics(expert, sums, 1.0, self._W_m.device)
             found.append(statistics.take(self._layer, statistics.gram()))
         return found
+
+
+def _of_merge(W_m: torch.Tensor, moments: Moments) -> float:
+    """tr[W_m H W_mᵀ] + 2 tr[W_m Dᵀ]."""
+    found = float(((W_m @ moments.H) * W_m).sum(dtype=torch.float64))
+    if moments.D is not None:
+        found += 2 * float((W_m * moments.D).sum(dtype=torch.float64))
+    return found

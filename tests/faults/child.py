@@ -1,10 +1,11 @@
-"""One attempt at a run, in a process that kills itself where it is told to.
+"""One attempt at a run, in a process that kills itself, or loses its GPU, where it is told to.
 
     python child.py SPEC.json
 
 ``kill`` of the specification names a phase, which call of it, and seconds after that call began: a
-timer then sends SIGKILL to the process, wherever it is by then. ``told`` is a file that then holds
-the phase, and where the run came to its end how many attempts it took.
+timer then sends SIGKILL to the process, wherever it is by then. ``lose`` names a phase and a call:
+its GPU is then asked for what lies outside of a tensor. ``told`` is a file that then holds the
+phase, and where the run came to its end how many attempts it took.
 """
 
 from __future__ import annotations
@@ -50,8 +51,20 @@ PHASES: dict[str, tuple[Any, str]] = {
 }
 
 
-def kill_at(phase: str, call: int, seconds: float, told: Path) -> None:
-    """Die so many seconds after the ``call``-th call of a phase begins; ``told`` then says so."""
+def kill(seconds: float) -> None:
+    """Die so many seconds from now."""
+    die = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    die.daemon = True
+    die.start()
+
+
+def lose() -> None:
+    """A device-side assert: this process gets no further answer of its GPU."""
+    torch.arange(3, device="cuda")[torch.tensor([9], device="cuda")]
+
+
+def at(phase: str, call: int, step: Callable[[], None], told: Path) -> None:
+    """Take a step as the ``call``-th call of a phase begins; ``told`` then says so."""
     owner, name = PHASES[phase]
     function: Callable = getattr(owner, name)
     calls = iter(range(1, sys.maxsize))
@@ -59,9 +72,7 @@ def kill_at(phase: str, call: int, seconds: float, told: Path) -> None:
     def counted(*arguments, **options):
         if next(calls) == call:
             told.write_text(phase)
-            die = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-            die.daemon = True
-            die.start()
+            step()
         return function(*arguments, **options)
 
     setattr(owner, name, counted)
@@ -71,14 +82,18 @@ def main(spec: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     if spec.get("every_layer", True):
         session.SHARE = float("inf")
+    told = Path(spec["told"])
     if spec.get("kill"):
-        kill_at(*spec["kill"], Path(spec["told"]))
+        phase, call, seconds = spec["kill"]
+        at(phase, call, lambda: kill(seconds), told)
+    if spec.get("lose"):
+        at(*spec["lose"], lose, told)
     config = EPMQConfig(group_size=32, experts=spec["experts"], **spec.get("options", {}))
     model = tiny.load(Path(spec["merged"]), config)
     checkpoint = CheckpointConfig(spec["root"]) if spec["root"] else None
     model.quantize(spec["rows"], batch_size=3, checkpoint=checkpoint)
     model.save(spec["out"], overwrite=True)
-    Path(spec["told"]).write_text(str(model.epmq_report.attempts))
+    told.write_text(str(model.epmq_report.attempts))
 
 
 if __name__ == "__main__":

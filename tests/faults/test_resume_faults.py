@@ -27,12 +27,12 @@ SEED = int(os.environ.get("EPMQ_KILL_SEED", "8"))
 
 
 def environment() -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(HERE.parent)])
+    paths = [str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "GPTQMODEL_CPU_WORKERS": "2",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": paths,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "COLUMNS": "200",
     }
 

@@ -1,0 +1,141 @@
+"""What is planted elsewhere, by real means on a real GPU (`make test-gpu`)."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from resume_runs import Run, assert_same, goes_on
+from test_resume_faults import Job
+
+from epmq_gptq import EPMQDeviceError, out_of_memory
+from epmq_gptq.run_report import QuantizationReport
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu(monkeypatch):
+    monkeypatch.setattr(tiny, "DEVICE", "cuda")
+    monkeypatch.setenv("EPMQ_TEST_DEVICE", "cuda")  # of child processes
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def memory_of(size: int) -> Iterator[None]:
+    """Within: torch's allocator refuses what goes beyond so many bytes."""
+    out_of_memory.forget_cached()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(size / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def rows_weigh(folder: Path) -> Run:
+    """A batch's activations are far larger than the layer: 84 MiB in the MLP, several times."""
+    model = tiny.llama(2, 256, intermediate_size=2048)
+    merged, experts = tiny.family(folder, 2, model=model)
+    rows = {name: tiny.rows(90, 120, seed=index) for index, name in enumerate(experts)}
+    return Run(folder, merged, experts, rows, alpha=0.1)
+
+
+def weights_weigh(folder: Path) -> Run:
+    """Grams and the rounding are far larger than the activations: 64 MiB are one Gram."""
+    model = tiny.llama(1, 1024, intermediate_size=4096)
+    merged, experts = tiny.family(folder, 2, model=model)
+    rows = {name: tiny.rows(8, 120, seed=index) for index, name in enumerate(experts)}
+    return Run(folder, merged, experts, rows, alpha=0.1)
+
+
+def assert_alike(report: QuantizationReport, whole: QuantizationReport) -> None:
+    """Up to the order of sums, and codes on a rounding edge, which move all that comes after."""
+    for mine, theirs in zip(report.modules, whole.modules, strict=True):
+        assert (mine.module, mine.tokens) == (theirs.module, theirs.tokens)
+        allowed = 1e-3 if "layers.0." in mine.module else 0.05
+        assert mine.merge_excess == pytest.approx(theirs.merge_excess, rel=allowed)
+        # Losses of a rounding: an edge is a step of them.
+        assert mine.excess == pytest.approx(theirs.excess, rel=0.05)
+
+
+@pytest.mark.fault(
+    "F46",
+    injected="a real GPU on which torch may hold 80, 60, 45, 30, 20 and 10 % of what the run takes "
+    "at its peak: real failures of its allocator in forward passes, Grams, targets and roundings "
+    "(only where the tests find a GPU)",
+    outcome="the losses of a run with room, or error EPMQ-F46; then, with room again, the same "
+    "process quantizes",
+)
+@pytest.mark.parametrize("family", [rows_weigh, weights_weigh])
+def test_a_gpu_with_less_and_less_memory(family, tmp_path, record_property):
+    run = family(tmp_path)
+    options = dict(resume=None, batch_size=90)
+    out_of_memory.forget_cached()
+    torch.cuda.reset_peak_memory_stats()
+    whole = run.attempt(**options).epmq_report
+    peak = torch.cuda.max_memory_allocated()
+    record_property("peak", f"{peak / 2**20:.0f} MiB")
+    failed = []
+    for percent in (80, 60, 45, 30, 20, 10):
+        with memory_of(peak * percent // 100), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                assert_alike(run.attempt(**options).epmq_report, whole)
+                pieces = sum("found no memory" in str(one.message) for one in told)
+                end = "in pieces" if pieces else "as a whole"
+            except EPMQDeviceError as error:
+                assert error.code == "EPMQ-F46", error
+                failed.append(percent)
+                end = str(error)
+        record_property(f"{percent} %", end)
+    assert not {80, 60, 45} & {*failed}
+    assert_alike(run.attempt(**options).epmq_report, whole)
+
+
+# ---- going on ------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(
+    "F39",
+    injected="a run on a real GPU that is broken off behind its first layer, and SIGKILL to "
+    "another one in a forward pass, a rounding and a commit (only where the tests find a GPU)",
+    outcome="equal tensors",
+)
+def test_a_run_on_a_gpu_goes_on(tmp_path):
+    merged, experts = tiny.family(tmp_path, 2, model=tiny.llama(layers=3))
+    rows = {name: tiny.rows(6, 40, seed=index) for index, name in enumerate(experts)}
+    goes_on(Run(tmp_path, merged, experts, rows), "layers.1")
+    job = Job(tmp_path, merged, experts, rows)
+    whole = job.whole()
+    for phase, call in (("forward", 9), ("round", 10), ("commit", 2)):
+        assert job.attempt(kill=(phase, call, 0.0)).returncode == -9
+        assert job.told.read_text() == phase
+    assert_same(job.finished(), whole)
+
+
+@pytest.mark.fault(
+    "F47",
+    injected="a kernel that reads outside of its tensor in the second layer of a run on a real GPU "
+    "(a device-side assert: CUDA answers nothing more to that process; only where the tests find a "
+    "GPU)",
+    outcome="error EPMQ-F47 and the process ends; the rerun goes on behind the last committed "
+    "layer, with equal tensors",
+)
+def test_a_gpu_that_is_lost(tmp_path):
+    merged, experts = tiny.family(tmp_path, 2, model=tiny.llama(layers=3))
+    rows = {name: tiny.rows(6, 40, seed=index) for index, name in enumerate(experts)}
+    job = Job(tmp_path, merged, experts, rows)
+    lost = job.attempt(lose=("round", 10))
+    assert lost.returncode == 1 and "EPMQDeviceError" in lost.stderr, lost.stderr[-3000:]
+    assert "`cuda:0` does not answer any more" in lost.stderr
+    resumed = job.finished()
+    assert job.told.read_text() == "2"
+    assert_same(resumed, job.whole())
