@@ -11,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # models that its tests share; faults share none.
 PARALLEL := -n auto --maxprocesses 4
 
-.PHONY: help venv demo test lint format docs test-serving test-browser test-faults fuzz bench-speed bench-quality bench-ablation clean
+.PHONY: help venv demo test lint format docs test-serving test-browser test-faults test-gpu fuzz bench-speed bench-quality bench-ablation clean
 
 help:
 	@echo "make demo          train, merge and quantize small experts; print one table"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-serving  serve an E-PMQ checkpoint with real vLLM on the CPU"
 	@echo "make test-browser  the regret report in a headless Chromium"
 	@echo "make test-faults   kills, full disks, bad numbers, by real means (docs/reliability.md)"
+	@echo "make test-gpu      kernels, resuming and lack of memory on a GPU"
 	@echo "make fuzz          strangers' files, mutated at random, for about 5 minutes (FUZZ_EXAMPLES=400)"
 	@echo "make lint          ruff"
 	@echo "make docs          the pages of docs/ as a site in out/docs; every link is checked"
@@ -59,6 +60,11 @@ test-serving: venv
 
 test-faults: venv
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/faults $(PARALLEL) --dist worksteal $(ARGS)
+
+# Kernels, resuming, pieces and lack of memory on a GPU; alone there, for some fill its memory.
+test-gpu: venv
+	$(TEST_ENV) EPMQ_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/faults/test_gpu_faults.py \
+		tests/test_kernels.py tests/test_resume.py tests/test_row_pieces.py $(ARGS)
 
 # Other mutations in every run. Keep what is found in tests/fuzz/corpus/found.
 FUZZ_EXAMPLES ?= 400

@@ -154,7 +154,10 @@ def main() -> None:
     cases = QUICK if options.quick else {} if options.gpu else dict(CPU)
     if has_gpu and not options.quick:
         cases |= GPU
-    kernels = "Not measured: no GPU here. `python benchmarks/speed.py --gpu` does it.\n"
+    kernels = (
+        "No GPU here; an H200's are in [results/kernels-h200.md](results/kernels-h200.md). "
+        "`python benchmarks/speed.py --gpu` measures them.\n"
+    )
     start = time.perf_counter()
     if has_gpu:
         from speed.kernels import table

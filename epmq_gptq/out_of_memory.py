@@ -26,8 +26,8 @@ T = TypeVar("T")
 LEAST = 16
 # Outputs of a product that are computed at once where memory is short.
 _PIECE = 256
-# CUDA's and ROCm's allocators, and torch's own for the CPU.
-_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+# CUDA's and ROCm's allocators, their libraries' own, and torch's for the CPU.
+_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 _NO_THREADS = "can't start new thread"
 _LOST = ("cuda error", "cuda driver error", "hip error", "device-side assert", "nccl error")
 

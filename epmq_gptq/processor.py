@@ -270,13 +270,15 @@ class EPMQProcessor(GPTQProcessor):
             batches=self._batches[expert],
         )
         apart = expert if self.weighting.keeps_apart or self.recording else ""
-        key = X.device, self.plan.held_out[index], apart
+        # Rows that were left on the CPU for lack of room count with those of their layer's device.
+        place = X if X.is_cuda else self.tasks[group.names[0]].module.weight
+        key = place.device, self.plan.held_out[index], apart
         # The widened rows, and at times new sums.
         size = 4 * (2 * rows.numel() + 2 * rows.shape[1] ** 2)
         with ROOMS.of(X.device, size), group.lock:
             statistics = group.statistics.get(key)
             if statistics is None:
-                statistics = group.statistics[key] = self._statistics(group, X.device)
+                statistics = group.statistics[key] = self._statistics(group, place.device)
             statistics.add(expert, rows, Z, gaps, kept)
 
     def _rows_of(

@@ -58,7 +58,7 @@ def residual_taps(
     finally:
         for hook in hooks:
             hook.remove()
-    states = (output[0] if isinstance(output, tuple) else output)[:1]
+    states = (output[0] if isinstance(output, tuple) else output)[:1].cpu()
     if not bool(torch.isfinite(states).all()):
         return {}
     streams = {name: x for name, x in seen.given.items() if x.shape == states.shape}
@@ -101,7 +101,8 @@ class _Seen:
 
     def _first_row(self, states: Tensor) -> Tensor:
         row = states.detach()
-        return (row[:1] if row.dim() == 3 else row[None, : self._length]).clone()
+        row = row[:1] if row.dim() == 3 else row[None, : self._length]
+        return row.to("cpu", copy=True)  # a layer may leave no room on its device
 
 
 def _is_sum(total: Tensor, stream: Tensor, y: Tensor) -> bool:

@@ -146,13 +146,19 @@ class _Limit:
     def __init__(self) -> None:
         self.rows: int | None = None
 
-    def lower(self, rows: int, of: int, error: BaseException) -> None:
+    def lower(self, rows: int, call: _Call, error: BaseException) -> None:
         if self.rows is None:
+            advice = f"A `batch_size` of {rows} is faster."
+            if call.device.type == "cuda":
+                advice = (
+                    f"Better start again with a `batch_size` of {rows}: what a GPU short of memory "
+                    "ends with is not settled (docs/reliability.md, Memory)."
+                )
             warnings.warn(
                 EPMQWarning(
-                    f"a forward pass of {of} rows found no memory ({asked_for(error)} were "
-                    f"asked for): batches are run {rows} rows at a time from here on, or fewer. A "
-                    f"`batch_size` of {rows} is faster.",
+                    f"a forward pass of {_rows(call)} rows found no memory ({asked_for(error)} "
+                    f"were asked for): batches are run {rows} rows at a time from here on, or "
+                    f"fewer. {advice}",
                     code="EPMQ-F46",
                 ),
                 stacklevel=2,
@@ -183,7 +189,7 @@ def _in_pieces(forward: Callable[..., Any], limit: _Limit) -> Callable[..., Any]
                 if result.lack is None or (_here.whole and limit.rows is None):
                     return _given(result)
                 if rows > 1:
-                    limit.lower(-(-rows // 2), rows, result.lack)
+                    limit.lower(-(-rows // 2), call, result.lack)
             return _given(_run(layer, call, rows, batch, limit))
         finally:
             _here.batch = None
@@ -210,6 +216,11 @@ class _Call(NamedTuple):
             arguments=mapped(step, self.arguments), options=mapped(step, self.options)
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Of the first tensor that it is given."""
+        return next(filter(torch.is_tensor, self.given())).device
+
     def given(self) -> Iterator[Any]:
         """All that its arguments hold."""
         return _leaves((self.arguments, self.options))
@@ -229,7 +240,6 @@ class _Call(NamedTuple):
 
 def _run(layer: nn.Module, call: _Call, rows: int, batch: _Batch, limit: _Limit) -> _Result:
     """The rows in pieces of at most ``limit`` rows, or fewer where there is no room for these."""
-    device = next(filter(torch.is_tensor, call.given())).device
     results: list[_Result] = []
     start = 0
     while start < rows:
@@ -238,7 +248,7 @@ def _run(layer: nn.Module, call: _Call, rows: int, batch: _Batch, limit: _Limit)
         part = call.mapped(functools.partial(_part, rows=rows, piece=piece))
         result = part.tried()
         if result.lack is not None and len(piece) > 1:
-            limit.lower(-(-len(piece) // 2), rows, result.lack)
+            limit.lower(-(-len(piece) // 2), call, result.lack)
             continue
         if result.lack is not None:
             batch.begin(piece)
@@ -247,7 +257,7 @@ def _run(layer: nn.Module, call: _Call, rows: int, batch: _Batch, limit: _Limit)
             return result
         results.append(result)
         start = piece.stop
-    batch.finish(device)
+    batch.finish(call.device)
     if results[-1].stop is not None:
         return results[-1]
     return _Result(_joined([result.output for result in results]))

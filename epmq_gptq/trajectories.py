@@ -21,7 +21,7 @@ from .layer_walk import LayerWalk
 from .linears import Linear
 from .model_linears import is_routed
 from .origins import first_bad
-from .out_of_memory import forget_cached, given_up, is_out_of_memory, on_cpu
+from .out_of_memory import forget_cached, given_up, is_out_of_memory, on_cpu, with_room
 from .phases import Phases
 from .residual import first_states, residual_taps
 from .row_pieces import of_whole_batch, whole_batches
@@ -350,9 +350,9 @@ class ExpertTrajectories:
     def _fill(self, expert: str, stack: LayerStack, index: int, own: Collection[str]) -> None:
         # A later layer does not depend on them, but the forward before it runs over them.
         outer = self._skeleton.outer(embeddings=index == 0 or not self._embeds)
-        self._embeds = True
         for parameter in [*outer, *own]:
             self._skeleton.put(parameter, self._read(expert, parameter))
+        self._embeds = True
         self._experts.release(expert)
 
     def _read(self, expert: str, parameter: str) -> Tensor:
@@ -368,7 +368,8 @@ class ExpertTrajectories:
 
 
 def _is_finite(output: Any) -> bool:
-    return bool(torch.isfinite(_states(output).sum(dtype=torch.float32)))
+    total = with_room(lambda states: states.sum(dtype=torch.float32), _states(output))
+    return bool(torch.isfinite(total))
 
 
 def _states(output: Any) -> Tensor:

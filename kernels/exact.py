@@ -16,8 +16,10 @@ import torch
 
 from ..errors import EPMQWarning
 
-# What a sum of products may differ from float64, relative to the norms of its factors.
-TOLERANCE = 4e-6
+# What a sum of products may differ from float64, relative to the norms of its factors. Tensor cores
+# truncate what they add up: of 2048 rows that costs 6e-6 (measured on an H200), as much as torch's
+# own fp32 product loses there at times, and a hundredth of what the smallest anchor adds.
+TOLERANCE = 1e-5
 
 
 def has_triton() -> bool:

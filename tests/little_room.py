@@ -60,7 +60,8 @@ def in_pieces_as_whole(run: Run, numbers: int, kind: str, **options) -> None:
         assert mine.module == theirs.module
         # A code on a rounding edge moves the inputs of all that comes after it, and routes.
         first = re.search(r"(layers|h|block)\.0\.", theirs.module)
-        if first or "experts." not in theirs.module:
+        routed = "experts." in theirs.module
+        if first or not routed:
             assert mine.tokens == theirs.tokens
-            allowed = 1e-3 if first else 0.05
-            assert mine.merge_excess == pytest.approx(theirs.merge_excess, rel=allowed)
+            allowed = 1e-3 if first and not routed else 0.05
+            assert mine.merge_excess == pytest.approx(theirs.merge_excess, rel=allowed), mine.module

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import tiny
 import torch
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 
 from epmq_gptq import EPMQConfig, EPMQDeviceError
 from epmq_gptq.out_of_memory import (
@@ -14,9 +15,11 @@ from epmq_gptq.out_of_memory import (
     Rooms,
     add_on_cpu,
     device_error,
+    devices_of,
     given_up,
     in_halves,
     is_lost_device,
+    made_on,
     on_cpu,
     with_room,
 )
@@ -66,6 +69,32 @@ def test_what_is_moved_keeps_its_shape():
     assert torch.equal(moved["b"][0], H) and moved["b"][1] == 3
 
 
+def test_what_lies_on_several_devices_meets_on_the_cpu():
+    """Fake tensors know their devices without there being a GPU, and refuse to be mixed."""
+    with FakeTensorMode():
+        on_gpu, here = torch.empty(2, 2, device="cuda"), torch.empty(2, 2)
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            torch.mm(on_gpu, here)
+        assert devices_of([on_gpu, {"a": (here, None)}]) == {on_gpu.device, here.device}
+        assert with_room(torch.mm, on_gpu, on_gpu).device == on_gpu.device
+        assert with_room(torch.mm, on_gpu, here).device == here.device
+        moved = on_cpu([on_gpu, (on_gpu, here)])
+        assert moved[0] is moved[1][0] and devices_of(moved) == {here.device}
+
+
+def test_what_a_device_has_no_room_for_is_made_on_the_cpu():
+    asked = []
+
+    def make(device):
+        asked.append(device.type)
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.ones(2)
+
+    assert made_on(torch.device("cuda"), make).device.type == "cpu"
+    assert asked == ["cuda", "cpu"]
+
+
 def test_a_product_on_the_cpu():
     C, L, R = torch.ones(600, 7), torch.randn(9, 600), torch.randn(9, 7)
     add_on_cpu(C, L.half(), R, 0.5)
@@ -76,6 +105,11 @@ def test_a_product_on_the_cpu():
     ("text", "code", "device"),
     [
         ("CUDA out of memory. Tried to allocate 2.50 GiB.", "EPMQ-F46", "cuda:3"),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",
+            "EPMQ-F46",
+            "cuda:3",
+        ),
         ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2684354560 bytes.",)
         + ("EPMQ-F46", "cpu"),
         ("CUDA error: an illegal memory access was encountered", "EPMQ-F47", "cuda:3"),
@@ -86,7 +120,8 @@ def test_what_is_said_in_the_end(text, code, device):
         with given_up("`m`", "cuda:3"):
             raise RuntimeError(text)
     assert caught.value.code == code
-    assert code == "EPMQ-F47" or "2.50 GiB were asked for" in str(caught.value)
+    asked = "2.50 GiB" if "2.50" in text or "2684354560" in text else "an unknown number of bytes"
+    assert code == "EPMQ-F47" or f"{asked} were asked for" in str(caught.value)
     assert not is_lost_device(caught.value)
     assert "an unknown number of bytes" in str(device_error(MemoryError(), "`m`", "cpu"))
 

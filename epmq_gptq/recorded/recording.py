@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..deltas import WeightDelta
+from ..out_of_memory import with_room
 from ..statistics import GroupStatistics, Moments
 from ..weighting import Weighting
 from .bundle import PARTS, RecordedLayer, Recorder
@@ -98,7 +99,10 @@ class Recording:
         for layer in layers:
             one = moments[layer.name] = statistics.take(layer.name, H, layer.W_m)
             if self._lacks:
-                lacks[layer.name] = _lack(self._delta(layer.name, expert, layer.W_m), one.D)
+                lacks[layer.name] = with_room(
+                    lambda W_m, D, name=layer.name: _lack(self._delta(name, expert, W_m), D),
+                    *(layer.W_m, one.D),
+                )
         return ExpertSums.of(tokens, moments, lacks)
 
 

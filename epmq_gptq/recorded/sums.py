@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..out_of_memory import made_on
+from ..out_of_memory import made_on, with_room
 from ..statistics import Moments
 from .half import PackedDelta, PackedGram, pack_delta, pack_gram, unpack_delta, unpack_gram
 
@@ -47,10 +47,12 @@ class ExpertSums(NamedTuple):
     ) -> ExpertSums:
         """Pack the moments of layers of one input; all hold the same ``H``."""
         first = next(iter(moments.values()))
-        gram = pack_gram(first.H)
+        gram = with_room(pack_gram, first.H)
         layers = {}
         for name, one in moments.items():
-            delta = None if one.D is None else pack_delta(one.D, gram.norms)
+            delta = None
+            if one.D is not None:
+                delta = with_room(lambda D: pack_delta(D, gram.norms), one.D)
             outputs = None if one.outputs is None else one.outputs.cpu()
             layers[name] = LayerSums(delta, outputs, lacks.get(name))
         inputs = None if first.inputs is None else first.inputs.cpu()

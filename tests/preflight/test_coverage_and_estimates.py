@@ -106,6 +106,20 @@ def test_a_rate_is_measured_quickly():
     assert 1e8 < estimates.measure_rate("cpu", torch.float32) < 1e15
 
 
+def test_a_rate_is_measured_of_less_where_memory_is_short(monkeypatch):
+    sizes, rate = [], estimates._rate
+
+    def short(size, device, dtype):
+        sizes.append(size)
+        if size > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return rate(size, device, dtype)
+
+    monkeypatch.setattr(estimates, "_rate", short)
+    assert estimates.measure_rate("cpu") > 0
+    assert 50 < sizes[-1] <= 100 < sizes[-2]
+
+
 def test_experts_own_passes_and_held_out_rows_cost_memory_and_time():
     merged = store(tensors())
     options = dict(tokens=100, hidden=8, dtype_bytes=2)
