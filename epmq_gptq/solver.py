@@ -242,7 +242,13 @@ class TargetSolver:
         return known._replace(H=H, D=D)
 
     def _add_data_free(
-        self, task: EPMQ, expert: str, energy: float, W_m: torch.Tensor, H: torch.Tensor, D
+        self,
+        task: EPMQ,
+        expert: str,
+        energy: float,
+        W_m: torch.Tensor,
+        H: torch.Tensor,
+        D: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """H and D with one of these experts, whose stand-in for a Gram has a trace of ``energy``;
         both are written to once all that is needed is there."""

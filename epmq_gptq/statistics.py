@@ -91,15 +91,16 @@ def combined(parts: Sequence[Moments], weights: Sequence[float], H: torch.Tensor
     """
     D = inputs = outputs = None
     for part, weight in zip(parts, weights, strict=True):
-        if part.D is not None:
-            if D is None:
-                D = part.D if weight == 1 else part.D * weight
-            else:  # takes no memory: whoever has none for the first may try again
-                D.add_(part.D, alpha=weight)
         if part.inputs is not None:
             # Never in place: layers of one input hold one and the same sum of it.
             inputs = weight * part.inputs + (0 if inputs is None else inputs)
             outputs = weight * part.outputs + (0 if outputs is None else outputs)
+    # Last, and with no memory but for the first: where there is none, this may be called again.
+    for part, weight in zip(parts, weights, strict=True):
+        if part.D is not None and D is None:
+            D = part.D if weight == 1 else part.D * weight
+        elif part.D is not None:
+            D.add_(part.D, alpha=weight)
     count = sum(weight * part.count for part, weight in zip(parts, weights, strict=True))
     return Moments(H, D, inputs, outputs, count)
 

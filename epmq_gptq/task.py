@@ -151,6 +151,11 @@ class EPMQ(GPTQ):
         bias.data = moved.to(bias)
         self.report.bias_shift = float(shift.norm())
 
+    def finalize_hessian(self, target_device: torch.device | None = None) -> torch.Tensor:
+        """H, where it lies: the host would take it to the layer's device, which has no room for it
+        where it was left on the CPU."""
+        return super().finalize_hessian(target_device) if self.H is None else self.H
+
     def hessian_inverse(self, H: torch.Tensor):
         """The factor that the host rounds with, and the damping that was added to H: none.
 
