@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .deltas import WeightDelta
-from .out_of_memory import mapped
+from .out_of_memory import moved
 from .run_report import ExpertError
 from .staging import Rows
 
@@ -59,9 +59,6 @@ class _Lack(NamedTuple):
     ahead: torch.Tensor | None
     own: torch.Tensor
     aim: torch.Tensor | None
-
-    def to(self, device: torch.device) -> _Lack:
-        return mapped(lambda tensor: tensor.to(device), self)
 
 
 class RowSample:
@@ -149,7 +146,7 @@ class RowSample:
         step = self._steps[member]
         some = W_m[::step]
         return {
-            expert: [_Sampled.of(lack.to(W_m.device), some, self.eta) for lack in found]
+            expert: [_Sampled.of(moved(lack, W_m.device), some, self.eta) for lack in found]
             for expert, found in self._lacks[member].items()
         }
 
@@ -179,9 +176,6 @@ class _Sampled(NamedTuple):
     given: torch.Tensor
     own: torch.Tensor
     aim: torch.Tensor | None
-
-    def to(self, device: torch.device) -> _Sampled:
-        return mapped(lambda tensor: tensor.to(device), self)
 
     @classmethod
     def of(cls, lack: _Lack, W_m: torch.Tensor, eta: float) -> _Sampled:
@@ -262,9 +256,7 @@ class LayerWatch:
 
     def move_(self, device: torch.device) -> None:
         """See :class:`Watch`."""
-        self._rows = {
-            expert: [one.to(device) for one in rows] for expert, rows in self._rows.items()
-        }
+        self._rows = moved(self._rows, device)
 
     def finish(
         self, Q: torch.Tensor, shift: torch.Tensor | None, errors: Mapping[str, ExpertError]

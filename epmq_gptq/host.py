@@ -113,6 +113,7 @@ LEANED_ON: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "generations": (CheckpointStore, "_current", ()),
     "stop": (ModuleLooper, "_request_loop_stop", ("exc",)),
     "task": (GPTQ, "quantize", ("blocksize",)),
+    "curvature": (GPTQ, "finalize_hessian", ("target_device",)),
     "factor": (GPTQ, "hessian_inverse", ("H",)),
     "nearest": (GPTQ, "_fallback_quantize", ("strategy", "blocksize", "target_device")),
     "factor cache": (SharedHessianFactorCache, "__init__", ("generation", "cohort")),

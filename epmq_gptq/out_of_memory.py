@@ -124,50 +124,65 @@ def with_room(step: Callable[..., T], *values: Any) -> T:
         step: must leave its values as they were where it raises for lack of memory.
         values: tensors, or tuples, lists and dicts with tensors.
     """
-    if len(devices_of(values)) > 1:
-        values = on_cpu(values)
-    try:
-        return step(*values)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    forget_cached()
-    return step(*on_cpu(values))
+    given = on_cpu(values) if len(devices_of(values)) > 1 else values
+
+    def there() -> T:
+        forget_cached()
+        return step(*on_cpu(given))
+
+    return or_else(lambda: step(*given), there)
 
 
 def made_on(device: torch.device, make: Callable[[torch.device], T]) -> T:
     """``make(device)``, or where there is no room for it there, ``make`` of the CPU."""
+
+    def there() -> T:
+        forget_cached()
+        return make(torch.device("cpu"))
+
+    return or_else(lambda: make(device), there)
+
+
+def or_else(step: Callable[[], T], otherwise: Callable[[], T]) -> T:
+    """``step()``, or where there is no room for it ``otherwise()``."""
     try:
-        return make(device)
+        return step()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-    forget_cached()
-    return make(torch.device("cpu"))
+    # Not within the block: for as long as the exception lives, so do the tensors of its frames.
+    return otherwise()
 
 
 def on_cpu(value: Any) -> Any:
-    """The value with its tensors on the CPU; one that it holds twice is one there, too."""
-    moved: dict[int, torch.Tensor] = {}
+    """The value with its tensors on the CPU."""
+    return moved(value, torch.device("cpu"))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The value with its tensors there; one that it holds twice is one there, too."""
+    known: dict[int, torch.Tensor] = {}
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in moved:
-            moved[id(tensor)] = tensor.cpu()
-        return moved[id(tensor)]
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor.to(device)
+        return known[id(tensor)]
 
     return mapped(move, value)
 
 
 def devices_of(value: Any) -> set[torch.device]:
     """Where the tensors among its tuples, lists and dicts lie."""
-    found: set[torch.device] = set()
+    return {one.device for one in leaves(value) if isinstance(one, torch.Tensor)}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found.add(tensor.device)
-        return tensor
 
-    mapped(note, value)
-    return found
+def leaves(value: Any) -> Iterator[Any]:
+    """What its tuples, lists and dicts hold in the end."""
+    if isinstance(value, (tuple, list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from leaves(one)
+    else:
+        yield value
 
 
 def mapped(step: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:

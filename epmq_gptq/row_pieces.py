@@ -21,7 +21,15 @@ from gptqmodel.nn_modules.hooked_linear import StopForward
 from torch import Tensor, nn
 
 from .errors import EPMQWarning
-from .out_of_memory import asked_for, forget_cached, is_out_of_memory, mapped
+from .out_of_memory import (
+    asked_for,
+    forget_cached,
+    is_out_of_memory,
+    leaves,
+    mapped,
+    moved,
+    or_else,
+)
 
 Step = Callable[[Tensor], None]
 
@@ -223,7 +231,7 @@ class _Call(NamedTuple):
 
     def given(self) -> Iterator[Any]:
         """All that its arguments hold."""
-        return _leaves((self.arguments, self.options))
+        return leaves((self.arguments, self.options))
 
     def tried(self) -> _Result:
         """What it returned or raised."""
@@ -275,7 +283,7 @@ def _tried_on_cpu(layer: nn.Module, call: _Call) -> _Result | None:
         result = call.mapped(Tensor.cpu).tried()
     finally:
         layer.to(device)
-    return result._replace(output=mapped(lambda tensor: tensor.to(device), result.output))
+    return result._replace(output=moved(result.output, device))
 
 
 # ---- what a layer is given, and gives ------------------------------------------------------------
@@ -294,15 +302,6 @@ def _rows(call: _Call) -> int:
     if not all(isinstance(one, (Tensor, *_PLAIN)) for one in given):
         return 1
     return max(1, states.shape[0])
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """What tuples, lists and dicts hold in the end."""
-    if isinstance(value, (tuple, list, dict)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(one)
-    else:
-        yield value
 
 
 def _part(tensor: Tensor, rows: int, piece: range) -> Tensor:
@@ -330,9 +329,5 @@ def _joined(outputs: list[Any]) -> Any:
 
 
 def _back(tensor: Tensor, device: torch.device) -> Tensor:
-    try:
-        return tensor.to(device)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    return tensor  # what is counted is counted on the CPU as well
+    # What is counted is counted on the CPU as well.
+    return or_else(lambda: tensor.to(device), lambda: tensor)

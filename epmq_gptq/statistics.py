@@ -32,7 +32,7 @@ from .errors import EPMQInputError, EPMQNumericalError
 from .kernels.gram import ROWS, gram_update, mirror_
 from .kernels.product import cross_update, in_parts, product_update, torch_product_update
 from .origins import Origin
-from .out_of_memory import forget_cached, is_out_of_memory, with_room
+from .out_of_memory import forget_cached, or_else, with_room
 from .phases import Phases
 from .staging import Rows, Stage
 
@@ -303,13 +303,12 @@ class GroupStatistics:
 
         A step writes nothing before it has what it needs, and looks where we are by then.
         """
-        try:
+
+        def on_cpu() -> Any:
+            self._to_cpu()
             return step(*values)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        self._to_cpu()
-        return step(*values)
+
+        return or_else(lambda: step(*values), on_cpu)
 
     def _to_cpu(self) -> None:
         self._move_(torch.device("cpu"))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 import types
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from .deviation import Watch
 from .errors import EPMQNumericalError
 from .experts import check_finite
 from .kernels.factor import inverse_factor
-from .out_of_memory import ROOMS, forget_cached, is_out_of_memory, with_room
+from .out_of_memory import ROOMS, forget_cached, is_out_of_memory, or_else, with_room
 from .run_report import ModuleReport
 from .statistics import Moments
 from .target import gain
@@ -288,15 +287,15 @@ class EPMQ(GPTQ):
         They stay on the device where they are known to fit beside the rounding.
         """
         aim = self.module_copy, self.H
-        if not self._tight:
-            if self.H.device.type == "cpu":
-                return None
-            try:
-                return [tensor.clone() for tensor in aim]
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-        return [tensor.to("cpu", copy=True) for tensor in aim]
+
+        def on_cpu() -> list[torch.Tensor]:
+            return [tensor.to("cpu", copy=True) for tensor in aim]
+
+        if self._tight:
+            return on_cpu()
+        if self.H.device.type == "cpu":
+            return None
+        return or_else(lambda: [tensor.clone() for tensor in aim], on_cpu)
 
     def _guarded(self, result: tuple, blocksize: int) -> tuple:
         """``result``, or the rounded merge where that is better on the held-out rows."""
@@ -309,8 +308,7 @@ class EPMQ(GPTQ):
             return result
         numbers = self.report.loss, self.report.excess
         # Of a copy, for the host works on what it is given.
-        aim = functools.partial(self.aim, tokens=self.nsamples)
-        with_room(lambda W, H: aim(W.clone(), H), guard.W_m, guard.H_E)
+        with_room(lambda W, H: self.aim(W.clone(), H, self.nsamples), guard.W_m, guard.H_E)
         plain = self._rounded(blocksize)
         theirs = self._gain(plain[0], None, guard)
         if theirs <= ours:

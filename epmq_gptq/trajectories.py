@@ -21,7 +21,7 @@ from .layer_walk import LayerWalk
 from .linears import Linear
 from .model_linears import is_routed
 from .origins import first_bad
-from .out_of_memory import forget_cached, given_up, is_out_of_memory, on_cpu, with_room
+from .out_of_memory import forget_cached, given_up, on_cpu, or_else, with_room
 from .phases import Phases
 from .residual import first_states, residual_taps
 from .row_pieces import of_whole_batch, whole_batches
@@ -186,23 +186,23 @@ class ExpertTrajectories:
         with given_up(f"`{stack.name(index)}`: an expert's own pass", self._skeleton.device):
             for expert in self._names:
                 if expert not in self.left:
-                    with self._phases.measure("expert_reading"):
-                        self._with_room(lambda expert=expert: self._fill(expert, stack, index, own))
-                    self._read_ahead(expert, stack, index)
-                    self._run_expert(expert, stack, index, capture)
+                    self._run_expert(expert, stack, index, own, capture)
         self._skeleton.empty(own)
         self._next[stack.path] = index + 1
         if index + 1 == len(stack.layers):
             self._walk.leave(stack)
 
-    def _run_expert(self, expert: str, stack: LayerStack, index: int, capture: bool) -> None:
+    def _run_expert(
+        self, expert: str, stack: LayerStack, index: int, own: Collection[str], capture: bool
+    ) -> None:
+        with self._phases.measure("expert_reading"):
+            self._with_room(self._fill, expert, stack, index, own)
+        self._read_ahead(expert, stack, index)
         goes_on = index + 1 < len(stack.layers) or stack.is_read
         batches = [b for b, owner in enumerate(self._plan.experts) if owner == expert]
         with self._walk.at(self._skeleton.stacks, stack, index) as run:
             for batch in batches:
-                output = self._with_room(
-                    lambda batch=batch: self._run_batch(stack, index, batch, run, capture)
-                )
+                output = self._with_room(self._run_batch, stack, index, batch, run, capture)
                 if not _is_finite(output):
                     self._leave(expert, stack.name(index), batches, (batch, output))
                     break
@@ -221,18 +221,20 @@ class ExpertTrajectories:
                 names[place], [name for name in self._linears if name.startswith(prefix)]
             )
 
-    def _with_room(self, step: Callable[[], Any]) -> Any:
-        """``step()``; where there is no room for it, once more beside less that is kept."""
-        try:
+    def _with_room(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """A step; where there is no room for it, once more beside less that is kept."""
+
+        def whole() -> Any:
             with whole_batches():
-                return step()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        # What the merge will be compared with is most of what is held here; it is wanted later.
-        self._inputs, self._streams = on_cpu((self._inputs, self._streams))
-        forget_cached()
-        return step()
+                return step(*arguments)
+
+        def beside_less() -> Any:
+            # What the merge will be compared with is most of what is held here; wanted later.
+            self._inputs, self._streams = on_cpu((self._inputs, self._streams))
+            forget_cached()
+            return step(*arguments)
+
+        return or_else(whole, beside_less)
 
     def _run_batch(
         self,

@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import tiny
 import torch
 from resume_runs import Run
 from torch import nn
 
 from epmq_gptq.errors import EPMQWarning
+from epmq_gptq.run_report import QuantizationReport
 
 
 def full() -> torch.OutOfMemoryError:
@@ -56,12 +58,22 @@ def in_pieces_as_whole(run: Run, numbers: int, kind: str, **options) -> None:
         pieces = run.attempt(resume=None, **options).epmq_report
     assert refused
     assert sum("found no memory" in str(warning.message) for warning in told) == 1
-    for mine, theirs in zip(pieces.modules, whole.modules, strict=True):
+    assert unlike(pieces, whole) == []
+
+
+def unlike(report: QuantizationReport, whole: QuantizationReport) -> list[str]:
+    """The layers that differ by more than do the order of sums and codes on a rounding edge, which
+    move the inputs of all that comes after, and routes."""
+    found = []
+    for mine, theirs in zip(report.modules, whole.modules, strict=True):
         assert mine.module == theirs.module
-        # A code on a rounding edge moves the inputs of all that comes after it, and routes.
         first = re.search(r"(layers|h|block)\.0\.", theirs.module)
         routed = "experts." in theirs.module
-        if first or not routed:
-            assert mine.tokens == theirs.tokens
-            allowed = 1e-3 if first and not routed else 0.05
-            assert mine.merge_excess == pytest.approx(theirs.merge_excess, rel=allowed), mine.module
+        if routed and not first:
+            continue
+        assert mine.tokens == theirs.tokens
+        # Products of a GPU depend on how many rows there are.
+        allowed = 0.05 if not first or (routed and tiny.DEVICE != "cpu") else 1e-3
+        if mine.merge_excess != pytest.approx(theirs.merge_excess, rel=allowed):
+            found.append(f"{mine.module}: {mine.merge_excess:.6g}, not {theirs.merge_excess:.6g}")
+    return found

@@ -201,6 +201,7 @@ def test_the_guard_takes_the_rounded_merge_where_the_rounded_target_is_worse(
     for name in first:
         step = W_m[f"{name}.weight"].abs().amax() * 2 / 15
         assert (got[name] - W_m[f"{name}.weight"]).abs().max() < 3 * step
+    assert codes(tmp_path / "out")
     assert len(compared) > len(guarded) and all(
         torch.equal(W, W_m[f"{name}.weight"]) for name, W in compared
     )

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import tiny
-from little_room import full
+from little_room import full, unlike
 from resume_runs import Run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,14 +101,8 @@ def test_a_run_ends_as_if_there_were_enough(run, options):
             warnings.simplefilter("ignore")
             report = run.attempt(**options).epmq_report
         failures += len(scarce.failures)
+        assert unlike(report, whole) == [], (seed, scarce.failures)
         for mine, theirs in zip(report.modules, whole.modules, strict=True):
-            assert (mine.module, mine.tokens) == (theirs.module, theirs.tokens)
-            # A code on a rounding edge moves all that comes after it.
-            allowed = 1e-3 if "layers.0." in mine.module else 0.05
-            assert mine.merge_excess == pytest.approx(theirs.merge_excess, rel=allowed), (
-                seed,
-                scarce.failures,
-            )
             for name, error in mine.experts.items():
                 assert error.rows == theirs.experts[name].rows
     assert failures > 10

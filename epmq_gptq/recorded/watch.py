@@ -34,7 +34,7 @@ class RecordedWatch:
 
     def start(self, W_target: torch.Tensor) -> dict[str, ExpertError]:
         """See :class:`~epmq_gptq.deviation.Watch`."""
-        found = {}
+        found, change = {}, with_room(torch.sub, W_target, self._W_m)
         for expert, each in self._sums.items():
             lack = sum(one.layers[self._layer].lack for one in each)
             energy = lack
@@ -49,7 +49,7 @@ class RecordedWatch:
                 rows=tokens,
                 energy=energy / tokens,
                 merged=lack / energy,
-                solved=self._left(expert, W_target) / energy,
+                solved=self._left(expert, change) / energy,
             )
         return found
 
@@ -61,22 +61,18 @@ class RecordedWatch:
         self, Q: torch.Tensor, shift: torch.Tensor | None, errors: Mapping[str, ExpertError]
     ) -> None:
         """See :class:`~epmq_gptq.deviation.Watch`."""
+        change = with_room(torch.sub, Q, self._W_m)
         for expert, error in errors.items():
             energy = error.energy * error.rows
-            error.rounded = self._left(expert, Q) / energy
+            error.rounded = self._left(expert, change) / energy
             # A gain without D is less what the change costs.
-            moved = -sum(self._gain(Q, m._replace(D=None)) for m in self._moments(expert))
+            moved = -sum(_gain(change, m._replace(D=None)) for m in self._moments(expert))
             error.quantization = moved / energy
         self._sums = {}
 
-    def _left(self, expert: str, W: torch.Tensor) -> float:
-        gained = sum(self._gain(W, moments) for moments in self._moments(expert))
+    def _left(self, expert: str, change: torch.Tensor) -> float:
+        gained = sum(_gain(change, moments) for moments in self._moments(expert))
         return max(self._lacks[expert] - gained, 0.0)  # below 0 by what half precision lost
-
-    def _gain(self, W: torch.Tensor, moments: Moments) -> float:
-        return with_room(
-            lambda W, W_m, moments: gain(W - W_m, None, moments), W, self._W_m, moments
-        )
 
     def _moments(self, expert: str) -> list[Moments]:
         """Unpacked anew each time: rounding waits for nobody, and a Gram is large."""
@@ -85,6 +81,10 @@ class RecordedWatch:
             statistics = RecordedStatistics(expert, sums, 1.0, self._W_m.device)
             found.append(statistics.take(self._layer, statistics.gram()))
         return found
+
+
+def _gain(change: torch.Tensor, moments: Moments) -> float:
+    return with_room(lambda change, moments: gain(change, None, moments), change, moments)
 
 
 def _of_merge(W_m: torch.Tensor, moments: Moments) -> float:
