@@ -24,6 +24,7 @@ from rich.console import Console
 
 from .errors import EPMQError, EPMQWarning
 from .exit_codes import ExitCode, Terminated
+from .interrupts import InterruptedBy
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -134,25 +135,11 @@ class Reporter:
         if self._interrupted is not None:
             raise self._interrupted
 
-    @contextlib.contextmanager
-    def _remembered_interrupts(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def remember(number: int, frame: object) -> None:
-            # SIGTERM by itself would leave temporary folders behind.
-            kind = KeyboardInterrupt if number == signal.SIGINT else Terminated
-            self._interrupted = kind()
-            raise self._interrupted
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, remember) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _remember(self, number: int, frame: object) -> None:
+        # SIGTERM by itself would leave temporary folders behind.
+        kind = KeyboardInterrupt if number == signal.SIGINT else Terminated
+        self._interrupted = kind()
+        raise self._interrupted
 
     def error(self, message: str, code: str = "") -> None:
         """One line on stderr, whatever the message holds; ends with the code, if there is one."""
@@ -216,7 +203,7 @@ class Reporter:
             SystemExit: with one of :class:`~epmq_gptq.exit_codes.ExitCode`.
         """
         try:
-            with self._remembered_interrupts(), self._own_warnings():
+            with InterruptedBy(self._remember, signal.SIGINT, signal.SIGTERM), self._own_warnings():
                 yield
         except BrokenPipeError as error:
             silence(self.stdout)

@@ -28,6 +28,7 @@ from .config import EPMQConfig
 from .errors import EPMQError, EPMQInputError, EPMQWarning
 from .experts import Experts
 from .failures import disk_error
+from .interrupts import ctrl_c_outside_of_locks
 from .kernels.rounding import triton_rounds
 from .linears import Linear
 from .model_linears import check_architecture, check_head, layers_of, quantizable_linears
@@ -66,7 +67,7 @@ def _in_turn(function):
     @functools.wraps(function)
     def alone(*arguments, **options):
         # The host draws random numbers, to no effect; whoever calls us may want them.
-        with _ONE_RUN, torch.random.fork_rng(devices=[]):
+        with _ONE_RUN, torch.random.fork_rng(devices=[]), ctrl_c_outside_of_locks():
             return function(*arguments, **options)
 
     return alone

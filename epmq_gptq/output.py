@@ -9,7 +9,6 @@ import fcntl
 import os
 import shutil
 import signal
-import threading
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from .errors import EPMQError, EPMQInputError, EPMQWarning
 from .folders import cache_repository, reason_of
+from .interrupts import InterruptedBy
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -424,19 +424,15 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
     Where somebody handles the signal already, it is left to them.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 
     def stop(*_) -> None:
         raise SystemExit(128 + signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, stop)
-    try:
+    with InterruptedBy(stop, signal.SIGTERM):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def write_whole(file: Path, text: str) -> None:

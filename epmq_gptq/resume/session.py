@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from gptqmodel.looper.extension import LoopBoundary
 
 from ..config import EPMQConfig
 from ..errors import EPMQError, EPMQInputError, EPMQStopped, EPMQWarning
+from ..interrupts import InterruptedBy
 from ..output import check_output, ran_full
 from ..phases import Phases
 from .attempts import Attempt, clear_dead
@@ -287,19 +287,10 @@ def stopping_when_told(extension: Resumable) -> Iterator[None]:
     """Within: SIGINT or SIGTERM finish the layer and commit it; a second one does what it always
     does.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python gives signals to the main thread only
-        return
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    handlers = {kind: signal.getsignal(kind) for kind in kinds}
 
-    def restore() -> None:
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
-
-    def stop(number: int, frame: Any) -> None:
+    def stop(*_: Any) -> None:
         extension.request_stop()
-        restore()
+        told.restore()
         warnings.warn(
             EPMQWarning(
                 "stopping at the end of this layer, which is committed then; once more to stop "
@@ -309,12 +300,8 @@ def stopping_when_told(extension: Resumable) -> Iterator[None]:
             stacklevel=2,
         )
 
-    try:
-        for kind in kinds:
-            signal.signal(kind, stop)
+    with InterruptedBy(stop, signal.SIGINT, signal.SIGTERM) as told:
         yield
-    finally:
-        restore()
 
 
 @contextlib.contextmanager

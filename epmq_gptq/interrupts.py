@@ -1,0 +1,110 @@
+"""Signals that interrupt, kept out of the inside of locks.
+
+Python runs a signal's handler between any two instructions of the main thread. A handler that
+raises while the main thread enters or leaves a lock leaves it taken for ever, and whoever wants it
+later waits for ever. GPTQModel's logger has two such places: with each line that it draws it looks
+for a module that is not there (the lock of an import), and it hands lines to a thread over a queue.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+# Where a lock may be held that nobody would give back. An exception is also lost in what Python
+# calls when it frees something.
+_MODULES = ("threading", "queue", "concurrent.futures", "importlib._bootstrap", "weakref")
+_MODULES += ("gptqmodel.utils.threadx",)
+_FUNCTIONS = {"__enter__", "__exit__", "__del__", "acquire", "release"}
+# Waiting for another thread, which may take long, is made for being interrupted.
+_WAITING = {"wait", "join", "_wait_for_tstate_lock"}
+_PAUSE = 0.001  # seconds
+
+Handler = Callable[[int, "FrameType | None"], None]
+
+
+class InterruptedBy:
+    """Within: ``act`` is called for these signals, once the main thread is outside of locks.
+
+    A second signal is not put off. Does nothing in another thread than the main one, to which
+    Python gives no signals.
+
+    Args:
+        act: a signal handler, which may raise.
+        numbers: of the signals.
+    """
+
+    def __init__(self, act: Handler, *numbers: int):
+        self._act, self._numbers = act, numbers
+        self._before: dict[int, object] = {}
+        self._due: int | None = None
+        self._reminded = False
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> InterruptedBy:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._numbers:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+        number = self._settled()
+        if number is not None:
+            self._act(number, None)
+
+    def restore(self) -> None:
+        """Leave the signals to whoever had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        reminded, self._reminded = self._reminded, False
+        if reminded and self._due is None:
+            return
+        if (reminded or self._due is None) and _may_hold_locks(frame):
+            self._due = number
+            # A Thread would take locks, and the main thread may be inside of just these.
+            _thread.start_new_thread(self._remind, ())
+            return
+        self._settled()
+        self._act(number, frame)
+
+    def _remind(self) -> None:
+        time.sleep(_PAUSE)
+        with self._lock:
+            if self._due is not None:
+                self._reminded = True
+                _thread.interrupt_main(self._due)
+
+    def _settled(self) -> int | None:
+        """What was put off; from now on nobody is reminded of it."""
+        with self._lock:
+            number, self._due = self._due, None
+        return number
+
+
+def ctrl_c_outside_of_locks() -> contextlib.AbstractContextManager[object]:
+    """Within: Ctrl-C raises KeyboardInterrupt as ever, but outside of locks."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return contextlib.nullcontext()
+    return InterruptedBy(signal.default_int_handler, signal.SIGINT)
+
+
+def _may_hold_locks(frame: FrameType | None) -> bool:
+    if frame is None:
+        return False
+    module = frame.f_globals.get("__name__") or ""
+    if any(module == name or module.startswith(f"{name}.") for name in _MODULES):
+        return frame.f_code.co_name not in _WAITING
+    while frame is not None:
+        if frame.f_code.co_name in _FUNCTIONS:
+            return True
+        frame = frame.f_back
+    return False

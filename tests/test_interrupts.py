@@ -1,0 +1,313 @@
+"""An interrupt leaves no lock taken, is not lost, and does not wait for what takes long."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+
+import pytest
+from logbar.buffer import QueueingStdout
+
+from epmq_gptq.console import HostOutput
+from epmq_gptq.interrupts import InterruptedBy, ctrl_c_outside_of_locks
+
+
+class Told(BaseException):
+    pass
+
+
+def tell(*_) -> None:
+    raise Told
+
+
+def told() -> InterruptedBy:
+    return InterruptedBy(tell, signal.SIGTERM)
+
+
+def pause() -> None:
+    """Long enough for what was put off."""
+    for _ in range(200):
+        time.sleep(0.005)
+
+
+class Lock:
+    """A lock during whose ``moment`` the signal comes."""
+
+    def __init__(self, moment: str, times: int = 1):
+        self.moment, self.times = moment, times
+        self.real = threading.Lock()
+
+    def _signalled(self, moment: str) -> None:
+        if moment == self.moment:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGTERM)
+
+    def __enter__(self):
+        self.real.acquire()
+        self._signalled("__enter__")
+
+    def __exit__(self, *_):
+        self._signalled("__exit__")
+        self.real.release()
+
+    def acquire(self):
+        self.real.acquire()
+        self._signalled("acquire")
+        return True
+
+    def release(self):
+        self._signalled("release")
+        self.real.release()
+
+
+@pytest.mark.parametrize("moment", ["__enter__", "__exit__"])
+def test_a_lock_that_is_entered_or_left(moment):
+    lock = Lock(moment)
+    with pytest.raises(Told), told():
+        with lock:
+            pass
+        assert not lock.real.locked()
+        pause()
+        raise AssertionError("it was lost")
+    assert not lock.real.locked()
+
+
+@pytest.mark.parametrize("moment", ["__enter__", "__exit__", "acquire", "release"])
+def test_a_lock_within_a_generator(moment):
+    lock = Lock(moment)
+
+    @contextlib.contextmanager
+    def held():
+        if moment.startswith("__"):
+            with lock:
+                yield
+            return
+        lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    with pytest.raises(Told), told():
+        with held():
+            pass
+        pause()
+    assert not lock.real.locked()
+
+
+def test_where_it_was_raised_at_once():
+    """What this is for: without it the lock stays taken."""
+    lock = Lock("__enter__")
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        with pytest.raises(Told), lock:
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert lock.real.locked()
+
+
+def test_a_queue():
+    """The signal comes while the queue's lock is taken, in frames of its own."""
+    lines: queue.Queue[str] = queue.Queue()
+    lines.mutex = lines.not_full._lock = lock = Lock("__exit__")
+    lines.not_full = threading.Condition(lock)
+    with pytest.raises(Told), told():
+        lines.put("a line")
+        pause()
+    assert not lock.real.locked()
+    assert lines.unfinished_tasks == 1
+
+
+def test_lines_for_gptqmodels_logger():
+    """The logger's own queue, at moments that nobody chooses."""
+    interrupted = 0
+    for round_ in range(120):
+        output = HostOutput()  # the queue has a weak reference only
+        lines = QueueingStdout(output)
+        with InterruptedBy(tell, signal.SIGALRM):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + 3e-6 * round_)
+                while True:
+                    lines.write("a line\n")
+                    sum(range(1000))
+            except Told:
+                interrupted += 1
+        free = lines._queue.mutex.acquire(timeout=10)
+        assert free
+        lines._queue.mutex.release()
+        lines.close()
+    assert interrupted == 120
+
+
+def test_looking_for_a_module():
+    """The lock of an import, which GPTQModel's logger takes with each line that it draws."""
+
+    def look() -> None:
+        with contextlib.suppress(ImportError):
+            import a_module_that_is_not_there  # noqa: F401
+
+    interrupted = 0
+    for round_ in range(60):
+        with InterruptedBy(tell, signal.SIGALRM):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + 5e-6 * round_)
+                while True:
+                    look()
+            except Told:
+                interrupted += 1
+        other = threading.Thread(target=look, daemon=True)
+        other.start()
+        other.join(20)
+        assert not other.is_alive()
+    assert interrupted == 60
+
+
+def test_a_second_one_is_not_put_off():
+    lock = Lock("__enter__", times=2)
+    with pytest.raises(Told) as caught, told(), lock:
+        raise AssertionError("not reached")
+    assert "_signalled" in [entry.name for entry in caught.traceback]
+
+
+def test_waiting_is_broken_off():
+    """Whoever waits for another thread may wait for ever."""
+    end = threading.Event()
+    sender = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    sender.start()
+    with pytest.raises(Told), told():
+        end.wait(60)
+        raise AssertionError("it waited to the end")
+    sender.join()
+
+
+def test_a_thread_that_is_waited_for_is_broken_off():
+    end = threading.Event()
+    worker = threading.Thread(target=end.wait, args=(60,))
+    worker.start()
+    sender = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    sender.start()
+    with pytest.raises(Told), told():
+        worker.join()
+        raise AssertionError("it waited to the end")
+    end.set()
+    worker.join()
+    sender.join()
+
+
+def test_what_python_would_swallow():
+    """An exception in a destructor is printed and forgotten."""
+
+    class Last:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Told), told():
+        Last()
+        pause()
+
+
+def test_at_the_end_nothing_is_left():
+    """Put off until the handler goes: it comes then, once, and never later."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    calls = []
+    with InterruptedBy(lambda *_: calls.append(1), signal.SIGINT, signal.SIGTERM):
+        with Lock("__exit__"):
+            pass
+        assert not calls
+    assert calls == [1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    pause()
+    assert calls == [1]
+
+
+def test_one_call_for_one_signal():
+    calls = []
+    with InterruptedBy(lambda *_: calls.append(1), signal.SIGTERM):
+        with Lock("__enter__"):
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGTERM)
+        pause()
+    assert calls == [1, 1]
+
+
+def test_a_handler_that_hands_over():
+    """As a run with a checkpoint does: the first finishes the layer, the second is another's."""
+    calls = []
+
+    def first(*_) -> None:
+        calls.append("first")
+        inner.restore()
+
+    with (
+        InterruptedBy(lambda *_: calls.append("second"), signal.SIGTERM),
+        InterruptedBy(first, signal.SIGTERM) as inner,
+    ):
+        with Lock("__exit__"):
+            pass
+        pause()
+        assert calls == ["first"]
+        signal.raise_signal(signal.SIGTERM)
+        assert calls == ["first", "second"]
+
+
+def test_only_on_the_main_thread():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def run() -> None:
+        with told():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    worker = threading.Thread(target=run)
+    worker.start()
+    worker.join()
+    assert seen == [before]
+
+
+def test_ctrl_c():
+    lock = Lock("nothing")
+    signals = {"__exit__": signal.SIGINT}
+    lock._signalled = lambda moment: moment in signals and signal.raise_signal(signals[moment])
+    with pytest.raises(KeyboardInterrupt), ctrl_c_outside_of_locks():
+        with lock:
+            pass
+        pause()
+    assert not lock.real.locked()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_of_somebody_else():
+    def other(*_) -> None:
+        pass
+
+    before = signal.signal(signal.SIGINT, other)
+    try:
+        with ctrl_c_outside_of_locks():
+            assert signal.getsignal(signal.SIGINT) is other
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_logging():
+    """A handler's lock is taken and given back by functions of its own."""
+
+    class Handler(logging.Handler):
+        def createLock(self):  # noqa: N802
+            self.lock = Lock("release")
+
+        def emit(self, record):
+            pass
+
+    logger = logging.Logger("told")
+    handler = Handler()
+    logger.addHandler(handler)
+    with pytest.raises(Told), told():
+        logger.warning("a line")
+        pause()
+    assert not handler.lock.real.locked()
