@@ -68,13 +68,19 @@ class InterruptedBy:
         reminded, self._reminded = self._reminded, False
         if reminded and self._due is None:
             return
-        if (reminded or self._due is None) and _may_hold_locks(frame):
-            self._due = number
-            # A Thread would take locks, and the main thread may be inside of just these.
-            _thread.start_new_thread(self._remind, ())
+        if (reminded or self._due is None) and _may_hold_locks(frame) and self._put_off(number):
             return
         self._settled()
         self._act(number, frame)
+
+    def _put_off(self, number: int) -> bool:
+        self._due = number
+        try:
+            # A Thread would take locks, and the main thread may be inside of just these.
+            _thread.start_new_thread(self._remind, ())
+        except RuntimeError:  # the system gives no further thread
+            return False
+        return True
 
     def _remind(self) -> None:
         time.sleep(_PAUSE)

@@ -175,6 +175,15 @@ def test_a_second_one_is_not_put_off():
     assert "_signalled" in [entry.name for entry in caught.traceback]
 
 
+def test_where_no_thread_can_be_started(monkeypatch):
+    def refuse(*_) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("_thread.start_new_thread", refuse)
+    with pytest.raises(Told), told(), Lock("__enter__"):
+        raise AssertionError("it was lost")
+
+
 def test_waiting_is_broken_off():
     """Whoever waits for another thread may wait for ever."""
     end = threading.Event()
