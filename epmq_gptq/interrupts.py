@@ -16,11 +16,9 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-# Where a lock may be held that nobody would give back. An exception is also lost in what Python
-# calls when it frees something.
-_MODULES = ("threading", "queue", "concurrent.futures", "importlib._bootstrap", "weakref")
-_MODULES += ("gptqmodel.utils.threadx",)
-_FUNCTIONS = {"__enter__", "__exit__", "__del__", "acquire", "release"}
+# Where a lock may be held that nobody would give back.
+_MODULES = ("threading", "queue", "concurrent.futures", "importlib._bootstrap", "logging")
+_MODULES += ("weakref", "gptqmodel.utils.threadx")
 # Waiting for another thread, which may take long, is made for being interrupted.
 _WAITING = {"wait", "join", "_wait_for_tstate_lock"}
 _PAUSE = 0.001  # seconds
@@ -106,11 +104,22 @@ def ctrl_c_outside_of_locks() -> contextlib.AbstractContextManager[object]:
 def _may_hold_locks(frame: FrameType | None) -> bool:
     if frame is None:
         return False
-    module = frame.f_globals.get("__name__") or ""
-    if any(module == name or module.startswith(f"{name}.") for name in _MODULES):
+    if _is_of(frame, _MODULES):
         return frame.f_code.co_name not in _WAITING
+    # Of what is called there no more than one step: the end of a context may be a long work.
+    entered_by = {one.f_code.co_name for one in (frame, frame.f_back) if one is not None}
+    return bool(entered_by & {"__enter__", "__exit__"}) or _is_freeing(frame)
+
+
+def _is_freeing(frame: FrameType | None) -> bool:
+    """Whether Python calls it because it frees something, and would lose what it raises."""
     while frame is not None:
-        if frame.f_code.co_name in _FUNCTIONS:
+        if frame.f_code.co_name == "__del__" or _is_of(frame, ("weakref",)):
             return True
         frame = frame.f_back
     return False
+
+
+def _is_of(frame: FrameType, modules: tuple[str, ...]) -> bool:
+    module = frame.f_globals.get("__name__") or ""
+    return any(module == name or module.startswith(f"{name}.") for name in modules)

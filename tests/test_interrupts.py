@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import signal
@@ -38,30 +37,18 @@ def pause() -> None:
 class Lock:
     """A lock during whose ``moment`` the signal comes."""
 
-    def __init__(self, moment: str, times: int = 1):
-        self.moment, self.times = moment, times
+    def __init__(self, moment: str, times: int = 1, number: int = signal.SIGTERM):
+        self.moment, self.times, self.number = moment, times, number
         self.real = threading.Lock()
-
-    def _signalled(self, moment: str) -> None:
-        if moment == self.moment:
-            for _ in range(self.times):
-                signal.raise_signal(signal.SIGTERM)
 
     def __enter__(self):
         self.real.acquire()
-        self._signalled("__enter__")
+        for _ in range(self.times if self.moment == "__enter__" else 0):
+            signal.raise_signal(self.number)
 
     def __exit__(self, *_):
-        self._signalled("__exit__")
-        self.real.release()
-
-    def acquire(self):
-        self.real.acquire()
-        self._signalled("acquire")
-        return True
-
-    def release(self):
-        self._signalled("release")
+        for _ in range(self.times if self.moment == "__exit__" else 0):
+            signal.raise_signal(self.number)
         self.real.release()
 
 
@@ -77,27 +64,71 @@ def test_a_lock_that_is_entered_or_left(moment):
     assert not lock.real.locked()
 
 
-@pytest.mark.parametrize("moment", ["__enter__", "__exit__", "acquire", "release"])
+@pytest.mark.parametrize("moment", ["beginning", "end"])
 def test_a_lock_within_a_generator(moment):
-    lock = Lock(moment)
+    lock = threading.Lock()
 
     @contextlib.contextmanager
     def held():
-        if moment.startswith("__"):
-            with lock:
-                yield
-            return
         lock.acquire()
+        if moment == "beginning":
+            signal.raise_signal(signal.SIGTERM)
         try:
             yield
         finally:
+            if moment == "end":
+                signal.raise_signal(signal.SIGTERM)
             lock.release()
 
     with pytest.raises(Told), told():
         with held():
             pass
+        assert not lock.locked()
         pause()
-    assert not lock.real.locked()
+        raise AssertionError("it was lost")
+
+
+def test_the_end_of_a_context_that_takes_long():
+    """A save flushes and moves its files there."""
+
+    def work() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it was put off")
+
+    @contextlib.contextmanager
+    def saved():
+        yield
+        work()
+
+    with pytest.raises(Told), told(), saved():
+        pass
+
+
+def in_module(name: str, function: str):
+    """A function of that name and module, in which the signal comes."""
+    space = {"__name__": name, "raise_signal": signal.raise_signal, "done": []}
+    exec(f"def {function}():\n raise_signal({int(signal.SIGTERM)})\n done.append(1)", space)
+    return space[function], space["done"]
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["threading", "queue", "concurrent.futures.thread", "importlib._bootstrap", "logging"],
+)
+def test_modules_that_hold_locks(module):
+    function, done = in_module(module, "acquire")
+    with pytest.raises(Told), told():
+        function()
+        pause()
+    assert done
+    function, done = in_module(module, "wait")
+    with pytest.raises(Told), told():
+        function()
+    assert not done
+    function, done = in_module(f"my.{module}", "acquire")
+    with pytest.raises(Told), told():
+        function()
+    assert not done
 
 
 def test_where_it_was_raised_at_once():
@@ -115,8 +146,8 @@ def test_where_it_was_raised_at_once():
 def test_a_queue():
     """The signal comes while the queue's lock is taken, in frames of its own."""
     lines: queue.Queue[str] = queue.Queue()
-    lines.mutex = lines.not_full._lock = lock = Lock("__exit__")
-    lines.not_full = threading.Condition(lock)
+    lock = Lock("__exit__")
+    lines.not_full._lock = lock
     with pytest.raises(Told), told():
         lines.put("a line")
         pause()
@@ -172,7 +203,7 @@ def test_a_second_one_is_not_put_off():
     lock = Lock("__enter__", times=2)
     with pytest.raises(Told) as caught, told(), lock:
         raise AssertionError("not reached")
-    assert "_signalled" in [entry.name for entry in caught.traceback]
+    assert "__enter__" in [entry.name for entry in caught.traceback]
 
 
 def test_where_no_thread_can_be_started(monkeypatch):
@@ -280,9 +311,7 @@ def test_only_on_the_main_thread():
 
 
 def test_ctrl_c():
-    lock = Lock("nothing")
-    signals = {"__exit__": signal.SIGINT}
-    lock._signalled = lambda moment: moment in signals and signal.raise_signal(signals[moment])
+    lock = Lock("__exit__", number=signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), ctrl_c_outside_of_locks():
         with lock:
             pass
@@ -301,22 +330,3 @@ def test_ctrl_c_of_somebody_else():
             assert signal.getsignal(signal.SIGINT) is other
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_logging():
-    """A handler's lock is taken and given back by functions of its own."""
-
-    class Handler(logging.Handler):
-        def createLock(self):  # noqa: N802
-            self.lock = Lock("release")
-
-        def emit(self, record):
-            pass
-
-    logger = logging.Logger("told")
-    handler = Handler()
-    logger.addHandler(handler)
-    with pytest.raises(Told), told():
-        logger.warning("a line")
-        pause()
-    assert not handler.lock.real.locked()
