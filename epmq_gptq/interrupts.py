@@ -30,7 +30,7 @@ class InterruptedBy:
     """Within: ``act`` is called for these signals, once the main thread is outside of locks.
 
     A second signal is not put off. Does nothing in another thread than the main one, to which
-    Python gives no signals.
+    Python gives no signals, nor with a signal that a program around Python handles.
 
     Args:
         act: a signal handler, which may raise.
@@ -47,6 +47,8 @@ class InterruptedBy:
     def __enter__(self) -> InterruptedBy:
         if threading.current_thread() is threading.main_thread():
             for number in self._numbers:
+                if signal.getsignal(number) is None:
+                    continue  # it could not be given back
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

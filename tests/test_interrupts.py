@@ -310,6 +310,16 @@ def test_only_on_the_main_thread():
     assert seen == [before]
 
 
+def test_a_signal_of_a_program_around_python(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as around:
+        around.setattr(signal, "getsignal", lambda number: None)
+        within = told().__enter__()
+    assert signal.getsignal(signal.SIGTERM) is before
+    within.__exit__()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_ctrl_c():
     lock = Lock("__exit__", number=signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), ctrl_c_outside_of_locks():
