@@ -9,7 +9,6 @@ for a module that is not there (the lock of an import), and it hands lines to a 
 from __future__ import annotations
 
 import _thread
-import contextlib
 import signal
 import threading
 import time
@@ -35,10 +34,11 @@ class InterruptedBy:
     Args:
         act: a signal handler, which may raise.
         numbers: of the signals.
+        instead_of: a handler; a signal that has another one is left to that. Default: none is.
     """
 
-    def __init__(self, act: Handler, *numbers: int):
-        self._act, self._numbers = act, numbers
+    def __init__(self, act: Handler, *numbers: int, instead_of: object = None):
+        self._act, self._numbers, self._instead_of = act, numbers, instead_of
         self._before: dict[int, object] = {}
         self._due: int | None = None
         self._reminded = False
@@ -47,9 +47,10 @@ class InterruptedBy:
     def __enter__(self) -> InterruptedBy:
         if threading.current_thread() is threading.main_thread():
             for number in self._numbers:
-                if signal.getsignal(number) is None:
-                    continue  # it could not be given back
-                self._before[number] = signal.signal(number, self._handle)
+                found = signal.getsignal(number)
+                # One of no Python function (None) could not be given back.
+                if found is not None and self._instead_of in (None, found):
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,11 +97,10 @@ class InterruptedBy:
         return number
 
 
-def ctrl_c_outside_of_locks() -> contextlib.AbstractContextManager[object]:
+def ctrl_c_outside_of_locks() -> InterruptedBy:
     """Within: Ctrl-C raises KeyboardInterrupt as ever, but outside of locks."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return contextlib.nullcontext()
-    return InterruptedBy(signal.default_int_handler, signal.SIGINT)
+    ever = signal.default_int_handler
+    return InterruptedBy(ever, signal.SIGINT, instead_of=ever)
 
 
 def _may_hold_locks(frame: FrameType | None) -> bool:

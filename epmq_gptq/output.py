@@ -418,21 +418,16 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
+def _stopped_by_sigterm() -> InterruptedBy:
     """Within, SIGTERM ends the process by an exception, so that it clears up behind itself.
 
     Where somebody handles the signal already, it is left to them.
     """
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
 
     def stop(*_) -> None:
         raise SystemExit(128 + signal.SIGTERM)
 
-    with InterruptedBy(stop, signal.SIGTERM):
-        yield
+    return InterruptedBy(stop, signal.SIGTERM, instead_of=signal.SIG_DFL)
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -282,8 +282,7 @@ def resumable(
             before[1].cleanup()
 
 
-@contextlib.contextmanager
-def stopping_when_told(extension: Resumable) -> Iterator[None]:
+def stopping_when_told(extension: Resumable) -> InterruptedBy:
     """Within: SIGINT or SIGTERM finish the layer and commit it; a second one does what it always
     does.
     """
@@ -300,8 +299,8 @@ def stopping_when_told(extension: Resumable) -> Iterator[None]:
             stacklevel=2,
         )
 
-    with InterruptedBy(stop, signal.SIGINT, signal.SIGTERM) as told:
-        yield
+    told = InterruptedBy(stop, signal.SIGINT, signal.SIGTERM)
+    return told
 
 
 @contextlib.contextmanager
