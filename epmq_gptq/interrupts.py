@@ -9,11 +9,14 @@ for a module that is not there (the lock of an import), and it hands lines to a 
 from __future__ import annotations
 
 import _thread
+import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
+
+from .exit_codes import ExitCode
 
 # Where a lock may be held that nobody would give back.
 _MODULES = ("threading", "queue", "concurrent.futures", "importlib._bootstrap", "logging")
@@ -60,9 +63,11 @@ class InterruptedBy:
             self._act(number, None)
 
     def restore(self) -> None:
-        """Leave the signals to whoever had them before."""
+        """Leave the signals to whoever had them before; to a process of ours, none: see
+        :func:`of_the_process`.
+        """
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if handler is _interrupt else handler)
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -95,6 +100,31 @@ class InterruptedBy:
         with self._lock:
             number, self._due = self._due, None
         return number
+
+
+@contextlib.contextmanager
+def of_the_process() -> Iterator[None]:
+    """Within: SIGINT and SIGTERM end the process, until an :class:`InterruptedBy` was left.
+
+    What the process came to is decided then: its last words and its end, which takes a while with
+    torch, are not disturbed, and a second Ctrl-C does not take the exit code from a run that is
+    committed. Both stay ignored, so this is for a process that does nothing else afterwards.
+    """
+    _set(_interrupt)
+    try:
+        yield
+    finally:
+        _set(signal.SIG_IGN)
+
+
+def _set(handler: object) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED)
 
 
 def ctrl_c_outside_of_locks() -> InterruptedBy:

@@ -6,6 +6,8 @@ import contextlib
 import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,7 +15,7 @@ import pytest
 from logbar.buffer import QueueingStdout
 
 from epmq_gptq.console import HostOutput
-from epmq_gptq.interrupts import InterruptedBy, ctrl_c_outside_of_locks
+from epmq_gptq.interrupts import InterruptedBy, ctrl_c_outside_of_locks, of_the_process
 
 
 class Told(BaseException):
@@ -340,3 +342,66 @@ def test_ctrl_c_of_somebody_else():
             assert signal.getsignal(signal.SIGINT) is other
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# Both signals at each of these moments of a command: its parsing, its last words, and
+# the two halves of the end of Python, of which the second has no handler of Python's any more.
+_PROGRAM = """
+import atexit, os, signal, sys
+from epmq_gptq import cli, console
+
+def come(kill=os.kill, me=os.getpid(), numbers=(signal.SIGTERM, signal.SIGINT)):
+    for number in numbers:
+        kill(me, number)
+
+class Freed:
+    __del__ = lambda self, come=come: come()
+
+moment = sys.argv.pop(1)
+if moment == "parsed":
+    cli.Group.parse_args = lambda *_: come()
+if moment == "said":
+    console.Reporter.error = lambda *_, **__: come()
+if moment == "exit":
+    atexit.register(come)
+if moment == "freed":
+    kept = Freed()
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "moment, code",
+    [("parsed", 143), ("said", 2), ("exit", 2), ("freed", 2)],
+)
+def test_what_a_command_came_to_stands(moment, code):
+    words = ["explain", "EPMQ-X99"]
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, moment, *words], capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert ("EPMQ-X99" in done.stderr) is (moment in ("exit", "freed"))
+
+
+@pytest.mark.parametrize("moment", ["exit", "freed"])
+def test_what_a_command_did_stands(moment):
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, moment, "explain", "EPMQ-F40"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "EPMQ-F40" in done.stdout and not done.stderr
+
+
+def test_of_the_process_in_another_thread():
+    def run() -> None:
+        with of_the_process():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+    worker = threading.Thread(target=run)
+    worker.start()
+    worker.join()
+    assert seen == [before] and signal.getsignal(signal.SIGTERM) is before
