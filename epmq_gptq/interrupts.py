@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from .exit_codes import ExitCode
-
 # Where a lock may be held that nobody would give back.
 _MODULES = ("threading", "queue", "concurrent.futures", "importlib._bootstrap", "logging")
 _MODULES += ("weakref", "gptqmodel.utils.threadx")
@@ -67,7 +65,7 @@ class InterruptedBy:
         :func:`of_the_process`.
         """
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if handler is _interrupt else handler)
+            signal.signal(number, signal.SIG_IGN if handler is end else handler)
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -110,7 +108,7 @@ def of_the_process() -> Iterator[None]:
     torch, are not disturbed, and a second Ctrl-C does not take the exit code from a run that is
     committed. Both stay ignored, so this is for a process that does nothing else afterwards.
     """
-    _set(_interrupt)
+    _set(end)
     try:
         yield
     finally:
@@ -123,8 +121,13 @@ def _set(handler: object) -> None:
             signal.signal(number, handler)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED)
+def end(number: int, frame: FrameType | None) -> None:
+    """A handler: leave, and clear up on the way, with the code that a shell gives to this signal.
+
+    Raises:
+        SystemExit: always.
+    """
+    raise SystemExit(128 + number)
 
 
 def ctrl_c_outside_of_locks() -> InterruptedBy:

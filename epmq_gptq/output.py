@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .errors import EPMQError, EPMQInputError, EPMQWarning
 from .folders import cache_repository, reason_of
-from .interrupts import InterruptedBy
+from .interrupts import InterruptedBy, end
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -423,11 +423,7 @@ def _stopped_by_sigterm() -> InterruptedBy:
 
     Where somebody handles the signal already, it is left to them.
     """
-
-    def stop(*_) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    return InterruptedBy(stop, signal.SIGTERM, instead_of=signal.SIG_DFL)
+    return InterruptedBy(end, signal.SIGTERM, instead_of=signal.SIG_DFL)
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -298,18 +298,19 @@ def test_a_handler_that_hands_over():
         assert calls == ["first", "second"]
 
 
-def test_only_on_the_main_thread():
+@pytest.mark.parametrize("within", [told, of_the_process])
+def test_only_on_the_main_thread(within):
     before = signal.getsignal(signal.SIGTERM)
     seen = []
 
     def run() -> None:
-        with told():
+        with within():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     worker = threading.Thread(target=run)
     worker.start()
     worker.join()
-    assert seen == [before]
+    assert seen == [before] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_of_a_program_around_python(monkeypatch):
@@ -370,15 +371,18 @@ cli.main()
 """
 
 
+def explained(code: str, moment: str) -> subprocess.CompletedProcess[str]:
+    """`epmq-gptq explain CODE` with the signals at this moment."""
+    command = [sys.executable, "-c", _PROGRAM, moment, "explain", code]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(
     "moment, code",
     [("parsed", 143), ("said", 2), ("exit", 2), ("freed", 2)],
 )
 def test_what_a_command_came_to_stands(moment, code):
-    words = ["explain", "EPMQ-X99"]
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, moment, *words], capture_output=True, text=True
-    )
+    done = explained("EPMQ-X99", moment)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert ("EPMQ-X99" in done.stderr) is (moment in ("exit", "freed"))
@@ -386,22 +390,5 @@ def test_what_a_command_came_to_stands(moment, code):
 
 @pytest.mark.parametrize("moment", ["exit", "freed"])
 def test_what_a_command_did_stands(moment):
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, moment, "explain", "EPMQ-F40"],
-        capture_output=True,
-        text=True,
-    )
+    done = explained("EPMQ-F40", moment)
     assert done.returncode == 0 and "EPMQ-F40" in done.stdout and not done.stderr
-
-
-def test_of_the_process_in_another_thread():
-    def run() -> None:
-        with of_the_process():
-            seen.append(signal.getsignal(signal.SIGTERM))
-
-    before = signal.getsignal(signal.SIGTERM)
-    seen = []
-    worker = threading.Thread(target=run)
-    worker.start()
-    worker.join()
-    assert seen == [before] and signal.getsignal(signal.SIGTERM) is before
