@@ -64,7 +64,7 @@ test-faults: venv
 # Kernels, resuming, pieces and lack of memory on a GPU; alone there, for some fill its memory.
 test-gpu: venv
 	$(TEST_ENV) EPMQ_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/faults/test_gpu_faults.py \
-		tests/test_kernels.py tests/test_resume.py tests/test_row_pieces.py $(ARGS)
+		tests/test_kernels.py tests/host/test_resume.py tests/experts/test_row_pieces.py $(ARGS)
 
 # Other mutations in every run. Keep what is found in tests/fuzz/corpus/found.
 FUZZ_EXAMPLES ?= 400

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from judge import stored
 
-from epmq_gptq.resume import session
+from epmq_gptq.host.resume import session
 
 SHAPES["llama-512x8"] = Shape("llama", 512, 1408, 8, 256)
 SHAPES["llama-4096x4"] = Shape("llama", 4096, 14336, 4, 512, 32, 8, "cuda", "bfloat16")

@@ -19,8 +19,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tiny
 
-from epmq_gptq import EPMQConfig, deltas, experts, solver, statistics, task, trajectories
-from epmq_gptq.origins import Peaks
+from epmq_gptq import EPMQConfig
+from epmq_gptq.experts import experts
+from epmq_gptq.experts.passes import trajectories
+from epmq_gptq.host import solver, task
+from epmq_gptq.method import deltas, statistics
+from epmq_gptq.method.nonfinite import Peaks
 
 # The checks, where they are looked up; `WeightDelta.size` also tells whether a weight differs.
 CHECKS = [

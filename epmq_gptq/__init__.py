@@ -38,10 +38,10 @@ if TYPE_CHECKING:
         requantize,
         retention,
     )
+    from .calibration.rows import RowSource
     from .config import EPMQConfig
-    from .models.loading import load_clip
-    from .rows import RowSource
-    from .run_report import ModuleReport, QuantizationReport
+    from .host.definitions.loading import load_clip
+    from .report import ModuleReport, QuantizationReport
 
 __version__ = "0.1.0"
 
@@ -89,20 +89,20 @@ def __getattr__(name: str):
         return getattr(api, name)
     if name == "EPMQConfig":
         from .config import EPMQConfig
-        from .host import install
+        from .host.door import install
 
         install()
         return EPMQConfig
     if name == "load_clip":
-        from .models.loading import load_clip
+        from .host.definitions.loading import load_clip
 
         return load_clip
     if name in ("ModuleReport", "QuantizationReport"):
-        from . import run_report
+        from . import report as run_report
 
         return getattr(run_report, name)
     if name == "RowSource":
-        from .rows import RowSource
+        from .calibration.rows import RowSource
 
         return RowSource
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

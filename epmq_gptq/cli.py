@@ -27,7 +27,7 @@ from .commands.report import report
 from .commands.requantize import requantize
 from .commands.retention import retention
 from .exit_codes import ExitCode
-from .interrupts import of_the_process
+from .io.interrupts import of_the_process
 
 # UsageError, of click or of the copy of it that newer versions of typer bring along.
 _UsageError = typer.BadParameter.__mro__[1]

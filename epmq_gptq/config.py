@@ -24,10 +24,10 @@ from .config_checks import (
 )
 from .config_files import CONFIG_VERSION, known_options, options_of, parsed
 from .errors import EPMQInputError
-from .options import bad_option, is_count, parse_json, parse_yaml, write_yaml
+from .io.options import bad_option, is_count, parse_json, parse_yaml, write_yaml
+from .method.target import ANCHORS
+from .method.weighting import WEIGHTINGS
 from .profiles import PROFILES
-from .target import ANCHORS
-from .weighting import WEIGHTINGS
 
 __all__ = ["BITS", "CONFIG_VERSION", "GROUP_SIZES", "NUMERICAL_DAMP", "EPMQConfig"]
 
@@ -92,10 +92,10 @@ class EPMQConfig(GPTQConfig):
             paper does; ``"token"``: as if all had equally many tokens; ``"trace"``: as if all had
             the same tr(H_i) in every layer; ``"minmax"``: more for the expert of which the least
             is kept (memory then grows with the experts). See
-            :class:`~epmq_gptq.weighting.Weighting`.
+            :class:`~epmq_gptq.method.weighting.Weighting`.
         expert_weights: a factor on top, for some experts (default 1; 1e-6 to 1e6).
         data_free: experts that have no calibration rows: in place of their Gram goes that of their
-            task vector, see :func:`~epmq_gptq.deltas.data_free_gram`. Not part of the paper.
+            task vector, see :func:`~epmq_gptq.method.deltas.data_free_gram`. Not part of the paper.
         allow_duplicates: accept experts that are the same model under two names; each counts.
         require_pinned: refuse a hub id without a 40-digit commit as its revision.
         on_bad_module: what happens where numbers cannot be trusted (non-finite activations, expert

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from .errors import EPMQInputError
-from .memory import InMemoryExpert
-from .options import bad_option, closest
+from .experts.in_memory import InMemoryExpert
+from .io.options import bad_option, closest
 
 CONFIG_VERSION = 1
 

@@ -27,7 +27,7 @@ def when_host_is_imported() -> None:
 def _install() -> None:
     if _importing():
         return  # it is one of our own modules that imports the host; whoever uses it installs
-    from .host import install
+    from .host.door import install
 
     install()
 

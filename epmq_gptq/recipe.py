@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calibration_names import CalibrationBlock, recipe_calibration
+from .calibration.names import CalibrationBlock, recipe_calibration
+from .calibration.rows import DATA_FREE, RowSource, TaggedSource, is_seed, is_word
 from .errors import EPMQInputError
-from .hub import parse_hub_id
-from .options import (
+from .io.hub import parse_hub_id
+from .io.options import (
     bad_option,
     documented,
     exists,
@@ -28,7 +29,6 @@ from .options import (
     to_mapping,
     write_yaml,
 )
-from .rows import DATA_FREE, RowSource, TaggedSource, is_seed, is_word
 
 if TYPE_CHECKING:
     from .config import EPMQConfig

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from ..out_of_memory import add_on_cpu, in_halves
+from ..method.chunks import add_on_cpu, in_halves
 from .exact import TOLERANCE, first_exact, has_triton, random
 
 # Rows of one product. Fewer would spend the time on reading and writing the sums (4 d² bytes each

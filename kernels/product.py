@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from ..out_of_memory import add_on_cpu, in_halves
+from ..method.chunks import add_on_cpu, in_halves
 from .exact import TOLERANCE, first_exact, random
 from .gram import ROWS
 

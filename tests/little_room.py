@@ -13,7 +13,7 @@ from resume_runs import Run
 from torch import nn
 
 from epmq_gptq.errors import EPMQWarning
-from epmq_gptq.run_report import QuantizationReport
+from epmq_gptq.report import QuantizationReport
 
 
 def full() -> torch.OutOfMemoryError:

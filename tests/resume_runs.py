@@ -14,8 +14,8 @@ from gptqmodel import CheckpointConfig
 from judge import stored
 
 from epmq_gptq import EPMQConfig
-from epmq_gptq.processor import EPMQProcessor
-from epmq_gptq.resume import session
+from epmq_gptq.host.processor import EPMQProcessor
+from epmq_gptq.host.resume import session
 
 
 class Broken(Exception):

@@ -139,7 +139,7 @@ def test_every_error_code_has_its_place(site):
     assert {code.lower() for code in CODES} <= ids
     assert not [place for place in ids if re.fullmatch(r"epmq-\w\d+", place) and
                 place.upper() not in CODES]  # fmt: skip
-    from epmq_gptq.explanations import explanation
+    from epmq_gptq.commands.explanations import explanation
 
     text = text_of(site / "troubleshooting.html")
     for code in CODES:

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from epmq_gptq.calibration.rows import RowSource, TaggedSource
 from epmq_gptq.errors import EPMQInputError
-from epmq_gptq.options import parse_yaml
+from epmq_gptq.io.options import parse_yaml
 from epmq_gptq.recipe import MergeStep, Recipe, recipe_help
-from epmq_gptq.rows import RowSource, TaggedSource
 
 MINIMAL = {"merged": "merged", "experts": {"a": "ea"}, "calibration": {"a": "a.txt"}}
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from epmq_gptq.checkpoints import Checkpoint, resolve_source
 from epmq_gptq.errors import EPMQInputError, EPMQWarning
+from epmq_gptq.io.checkpoints import Checkpoint, resolve_source
 
 from .specs import FAMILIES, Family
 

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from gptqmodel import GPTQModel
 
-from epmq_gptq.phases import exact_phases, peak_memory
+from epmq_gptq.io.phases import exact_phases, peak_memory
 from speed.cases import Case, config_of, from_json, rows_of
 
 

@@ -204,7 +204,7 @@ def _members(*, callables: bool) -> str:
 
 
 def error_codes() -> str:
-    from epmq_gptq.explanations import KINDS, as_dict, explained_codes
+    from epmq_gptq.commands.explanations import KINDS, as_dict, explained_codes
 
     parts, kind = [], ""
     for code in explained_codes():

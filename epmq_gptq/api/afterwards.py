@@ -13,10 +13,10 @@ from ..errors import EPMQError
 from .session import Result, path_of, session
 
 if TYPE_CHECKING:
-    from ..engines import ServingReport
+    from ..checks.engines import ServingReport
     from ..evaluation import Evaluation
-    from ..publishing import Pushed
-    from ..regret.retention import Retention
+    from ..publish.push import Pushed
+    from ..publish.report.retention import Retention
 
 
 # ---- evaluate ------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def evaluate(
     """
     with session(progress) as reporter:
         from ..evaluation.request import EvaluationRequest, run_request
-        from ..options import check_keys
+        from ..io.options import check_keys
 
         known = [name for name in EvaluationRequest.__dataclass_fields__ if name != "suites"]
         check_keys(options, known, "`evaluate`")
@@ -93,7 +93,7 @@ class ReportResult(Result):
     """What a run did to each expert.
 
     Attributes:
-        figures: see :func:`epmq_gptq.regret.report_figures`.
+        figures: see :func:`epmq_gptq.publish.report.report_figures`.
         out: file of the page, None where none was written.
     """
 
@@ -103,7 +103,7 @@ class ReportResult(Result):
     @property
     def page(self) -> str:
         """The page: one HTML document that needs no network."""
-        from ..regret.page import page_of
+        from ..publish.report.page import page_of
 
         return page_of(self.figures)
 
@@ -111,7 +111,7 @@ class ReportResult(Result):
         return dict(self.figures)
 
     def print_to(self, console: Console) -> None:
-        from ..regret.table import expert_table
+        from ..publish.report.table import expert_table
 
         console.print(expert_table(self.figures))
 
@@ -141,7 +141,7 @@ def report(
         EPMQInputError: there is no report, what was given belongs to another model, or the place
             is taken.
     """
-    from ..regret.sources import Sources, check_page
+    from ..publish.report.sources import Sources, check_page
 
     given = [None if one is None else path_of(one) for one in (folder, baseline, evaluation)]
     sources = Sources.read(*given)
@@ -150,7 +150,7 @@ def report(
         check_page(page, [one for one in given if one is not None], overwrite)
     result = ReportResult(sources.figures(), page)
     if page is not None:
-        from ..output import write_whole
+        from ..io.output import write_whole
 
         write_whole(page, result.page)
     return result
@@ -172,7 +172,7 @@ class RetentionResult(Result):
         return self.retention.to_dict()
 
     def print_to(self, console: Console) -> None:
-        from ..regret.table import retention_table
+        from ..publish.report.table import retention_table
 
         console.print(retention_table(self.retention))
 
@@ -204,7 +204,7 @@ def retention(
     Raises:
         EPMQInputError: a file cannot be used, or models were not measured alike.
     """
-    from ..regret.retention import retention_of, write_retention
+    from ..publish.report.retention import retention_of, write_retention
 
     place = path_of(folder)
     others = {"base": base, "merged": merged, "gptq": gptq}
@@ -241,7 +241,7 @@ class CheckResult(Result):
         return self.serving.to_dict()
 
     def print_to(self, console: Console) -> None:
-        from ..engines.printing import print_serving
+        from ..checks.engines.printing import print_serving
 
         print_serving(console, self.serving)
 
@@ -264,7 +264,7 @@ def check(
         EPMQInputError: it cannot be read, or there is no such engine.
     """
     with session(False) as reporter, reporter.quiet_host():
-        from ..engines import check_checkpoint
+        from ..checks.engines import check_checkpoint
 
         found = check_checkpoint(str(checkpoint), engines=engines, tensor_parallel=tensor_parallel)
         return CheckResult(found)
@@ -320,7 +320,7 @@ def card(
         EPMQInputError: the checkpoint is none of ours, or its card was edited by hand.
     """
     with session(False) as reporter, reporter.quiet_host():
-        from ..model_card import model_card, write_card
+        from ..publish.card import model_card, write_card
 
         options = dict(repo_id=repo_id, title=title, license=license, include_names=names)
         folder = path_of(folder)
@@ -348,7 +348,8 @@ class PushResult(Result):
         return self.pushed.to_dict()
 
     def print_to(self, console: Console) -> None:
-        from ..summary import columns, human_size
+        from ..commands.summary import columns
+        from ..io.console import human_size
 
         console.print(columns((name, human_size(size)) for name, size in self.pushed.files.items()))
 
@@ -390,7 +391,7 @@ def push(
         EPMQError: the upload broke off; the same call goes on where it was.
     """
     with session(progress) as reporter, reporter.quiet_host():
-        from ..publishing import push as push_folder
+        from ..publish.push import push as push_folder
 
         done = push_folder(
             path_of(folder),
@@ -425,7 +426,7 @@ class ExplainResult(Result):
         return dict(self.entry)
 
     def print_to(self, console: Console) -> None:
-        from ..explanations import entry_table
+        from ..commands.explanations import entry_table
 
         console.print(entry_table(self.entry))
 
@@ -442,6 +443,6 @@ def explain(code: str | EPMQError) -> ExplainResult:
     Raises:
         EPMQInputError: there is no such code.
     """
-    from ..explanations import as_dict
+    from ..commands.explanations import as_dict
 
     return ExplainResult(as_dict(code.code if isinstance(code, EPMQError) else code))

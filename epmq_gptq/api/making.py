@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..console import Reporter
+from ..io.console import Reporter
 from ..recipe import Recipe
 from .session import Result, path_of, session
 
 if TYPE_CHECKING:
-    from ..lineage import Given
+    from ..checks import Preflight
+    from ..commands.draft import Given
+    from ..commands.pipeline import RunResult
     from ..merging import MergeResult
-    from ..pipeline import RunResult
-    from ..preflight import Preflight
-    from ..run_report import QuantizationReport
+    from ..report import QuantizationReport
 
 
 # ---- quantize ------------------------------------------------------------------------------------
@@ -44,12 +44,12 @@ class QuantizeResult(Result):
         return self.run.report
 
     def to_dict(self) -> dict[str, Any]:
-        from ..pipeline import run_document
+        from ..commands.pipeline import run_document
 
         return run_document(self.recipe, self.out, self.run)
 
     def print_to(self, console: Console) -> None:
-        from ..summary import print_summary
+        from ..commands.summary import print_summary
 
         print_summary(console, self.run.report, self.run.rows)
 
@@ -98,7 +98,7 @@ def quantize(
         EPMQStopped: it was asked to stop (SIGINT, SIGTERM), and can go on from ``resume``.
     """
     with session(progress) as reporter:
-        from ..pipeline import RunOptions, quantize_recipe
+        from ..commands.pipeline import RunOptions, quantize_recipe
 
         out = path_of(out)
         given = _given(experts, base, settings, dtype, seed)
@@ -127,7 +127,7 @@ class RequantizeResult(Result):
         return {"checkpoint": self.out.name, "report": self.report.to_dict()}
 
     def print_to(self, console: Console) -> None:
-        from ..summary import print_summary
+        from ..commands.summary import print_summary
 
         print_summary(console, self.report, {})
 
@@ -165,7 +165,7 @@ def requantize(
         EPMQNumericalError: numbers that cannot be trusted; nothing was written.
     """
     with session(progress) as reporter, reporter.quiet_host():
-        from ..recorded.run import requantize_folder
+        from ..host.recorded.run import requantize_folder
 
         out = path_of(out)
         made = requantize_folder(
@@ -201,7 +201,8 @@ class MergedModel(Result):
         return self.merge.to_dict()
 
     def print_to(self, console: Console) -> None:
-        from ..summary import columns, human_size
+        from ..commands.summary import columns
+        from ..io.console import human_size
 
         merge = self.merge
         written = f"{human_size(merge.bytes)} in {merge.tensors} tensors"
@@ -252,7 +253,7 @@ def merge(
         EPMQInputError: a method, option or model cannot be used as asked.
     """
     with session(progress) as reporter:
-        from ..pipeline import check_free, merge_with_progress
+        from ..commands.pipeline import check_free, merge_with_progress
 
         out = path_of(out)
         with reporter.quiet_host():
@@ -280,7 +281,7 @@ class MergeMethods(Result, dict):
         return {"methods": dict(self)}
 
     def print_to(self, console: Console) -> None:
-        from ..summary import methods_table
+        from ..commands.summary import methods_table
 
         console.print(methods_table(self))
 
@@ -314,7 +315,7 @@ class InspectResult(Result):
         return self.preflight.to_dict()
 
     def print_to(self, console: Console) -> None:
-        from ..preflight.table import print_preflight
+        from ..checks.table import print_preflight
 
         print_preflight(console, self.preflight)
 
@@ -345,8 +346,8 @@ def inspect(
         EPMQInputError: the target cannot be read. What is wrong with a run is in the result.
     """
     with session(progress) as reporter, reporter.quiet_host():
-        from ..preflight.inspection import Subject
-        from ..preflight.inspection import inspect as inspect_subject
+        from ..checks.inspection import Subject
+        from ..checks.inspection import inspect as inspect_subject
 
         given = _given(experts, base, settings, None, None)
         read = _read(target, given, calibration, reporter)
@@ -364,7 +365,7 @@ def _given(
     dtype: str | None,
     seed: int | None,
 ) -> Given:
-    from ..lineage import Given
+    from ..commands.draft import Given
 
     return Given(
         experts={name: str(spec) for name, spec in (experts or {}).items()},
@@ -390,7 +391,7 @@ def _read(target: Any, given: Given, calibration: Any, reporter: Reporter):
     """A recipe, or the draft of one where the target is a merged model."""
     import dataclasses
 
-    from ..targets import is_recipe, read_merge, refuse_given
+    from ..commands.targets import is_recipe, read_merge, refuse_given
 
     if isinstance(target, (Recipe, Mapping)) or is_recipe(str(target)):
         refuse_given(
@@ -422,8 +423,8 @@ def _given_recipe(target: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
 
 def _block(calibration: Any) -> Any:
     """A calibration as Python has it, as the block of a recipe; files relative to where we are."""
-    from ..calibration_names import given_sources
-    from ..rows import is_data_free
+    from ..calibration.names import given_sources
+    from ..calibration.rows import is_data_free
 
     if not isinstance(calibration, Mapping) or "expert_column" in calibration:
         return calibration

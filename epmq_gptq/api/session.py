@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..console import Reporter
 from ..errors import EPMQWarning
-from ..options import resolve_path
+from ..io.console import Reporter
+from ..io.options import resolve_path
 
 # Of a table in a notebook, whose cells scroll; `str()` of a result has it, too.
 _WIDTH = 160

@@ -48,7 +48,7 @@ def card(
         folder = place(folder)
         options = dict(repo_id=repo_id, title=title, license=license, include_names=names)
         with run.reporter.quiet_host():
-            from ..model_card import model_card, write_card
+            from ..publish.card import model_card, write_card
 
             if dry_run:
                 text = model_card(folder, **options)

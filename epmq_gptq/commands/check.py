@@ -39,8 +39,8 @@ def check(
     --engine can serve it (without any: if one can), with 2 if not or if it cannot be read."""
     with running(json_report, quiet, verbose, interrupted="nothing was written.") as run:
         with run.reporter.quiet_host():
-            from ..engines import check_checkpoint
-            from ..engines.printing import print_serving
+            from ..checks.engines import check_checkpoint
+            from ..checks.engines.printing import print_serving
 
             report = check_checkpoint(
                 checkpoint, engines=engine or (), tensor_parallel=tensor_parallel

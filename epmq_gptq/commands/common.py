@@ -14,9 +14,9 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from .. import __version__
-from ..console import Reporter
 from ..errors import EPMQError, EPMQInputError
 from ..exit_codes import ExitCode
+from ..io.console import Reporter
 from .completion import devices
 
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -97,7 +97,7 @@ class Run:
 
     def _open(self) -> None:
         """Refuse a place that cannot be written to while that costs nothing."""
-        from ..targets import check_file
+        from .targets import check_file
 
         if self._file is not None and not self._is_piped:
             self._file = place(self._file)
@@ -255,7 +255,7 @@ def pairs(values: list[str], option: str) -> dict[str, str]:
 
 def values(values: list[str], option: str) -> dict[str, Any]:
     """``key=value`` options as a dict; values are read as YAML."""
-    from ..options import parse_yaml
+    from ..io.options import parse_yaml
 
     result = {}
     for key, value in pairs(values, option).items():
@@ -272,14 +272,15 @@ def place(path: Path) -> Path:
     Raises:
         EPMQInputError: it starts in the home of a user that this machine does not know.
     """
-    from ..options import resolve_path
+    from ..io.options import resolve_path
 
     return resolve_path(str(path), Path())
 
 
 def print_checkpoint(reporter: Reporter, out: Path) -> None:
     """The size of what was written, and that the host gave warnings."""
-    from ..summary import folder_size, human_size
+    from ..io.console import human_size
+    from .summary import folder_size
 
     size, files = folder_size(out)
     reporter.step("checkpoint", f"{out}: {human_size(size)} in {files} files")

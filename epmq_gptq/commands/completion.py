@@ -1,7 +1,7 @@
 """What a shell offers after an option: names that are known without importing anything heavy.
 
 The registries that own most of these names import torch; a shell that waits two seconds for a TAB
-is worse than one without completion. tests/test_completion.py holds both against each other.
+is worse than one without completion. tests/commands/test_completion.py holds them equal.
 """
 
 from __future__ import annotations

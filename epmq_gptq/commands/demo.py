@@ -8,17 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import EPMQInputError
-from .common import (
-    Json,
-    Out,
-    Overwrite,
-    Quiet,
-    Verbose,
-    examples,
-    place,
-    print_checkpoint,
-    running,
-)
+from .common import Json, Out, Overwrite, Quiet, Verbose, examples, place, print_checkpoint, running
 from .completion import merge_methods
 
 
@@ -67,7 +57,7 @@ def demo(
                     subject=option,
                     remedy="Leave it out for the default.",
                 )
-        from ..demo import DemoOptions, run_demo
+        from ..evaluation.demo import DemoOptions, run_demo
 
         options = DemoOptions(
             out=out,
@@ -82,7 +72,7 @@ def demo(
         )
         result = run_demo(options, run.reporter.out, quiet=not verbose)
         if quiet:  # otherwise it is part of what was said on the way
-            from ..demo.table import result_table
+            from ..evaluation.demo.table import result_table
 
             run.show(result_table(result))
         print_checkpoint(run.reporter, out)

@@ -26,7 +26,7 @@ def explain(
 ) -> None:
     """Say what an error code means, why it usually comes, and what to do."""
     with running(json_report, quiet, verbose) as run:
-        from ..explanations import as_dict, codes_table, entry_table, explained_codes
+        from .explanations import as_dict, codes_table, entry_table, explained_codes
 
         if code is None:
             entries = [as_dict(each) for each in explained_codes()]

@@ -68,7 +68,7 @@ def inspect(
 
     Exits with 2 where a run cannot succeed."""
     with running(json_report, quiet, verbose) as run:
-        from ..lineage import Given
+        from .draft import Given
 
         given = Given(
             experts=pairs(expert or [], "--expert"),
@@ -77,9 +77,9 @@ def inspect(
             quantize=values(setting or [], "--set"),
         )
         with run.reporter.quiet_host():
-            from ..preflight.inspection import inspect as inspect_subject
-            from ..preflight.inspection import read_subject
-            from ..preflight.table import print_preflight
+            from ..checks.inspection import inspect as inspect_subject
+            from ..checks.inspection import read_subject
+            from ..checks.table import print_preflight
 
             subject = read_subject(target, given, run.reporter)
             result = inspect_subject(subject, verify=verify, device=device)

@@ -10,7 +10,7 @@ from .common import Json, Out, Overwrite, Quiet, Verbose, examples, pairs, place
 from .completion import devices, merge_methods
 
 if TYPE_CHECKING:
-    from ..calibration_names import CalibrationBlock
+    from ..calibration.names import CalibrationBlock
 
 
 @examples(
@@ -73,7 +73,7 @@ def merge(
         experts = pairs(expert, "--expert")
         parameters = values(param or [], "--param")
         with run.reporter.quiet_host():
-            from ..pipeline import check_free, merge_with_progress
+            from .pipeline import check_free, merge_with_progress
 
             check_free(out, overwrite=overwrite)
             rows = calibration_block(calibration, list(experts))
@@ -90,7 +90,7 @@ def merge(
                 batch_size=batch_size,
                 seed=seed,
             )
-        from ..summary import human_size
+        from ..io.console import human_size
 
         size = human_size(result.bytes)
         run.reporter.step("merged", f"{out}: {size} in {result.tensors} tensors")
@@ -99,8 +99,8 @@ def merge(
 
 def calibration_block(calibration: list[str] | None, experts: list[str]) -> CalibrationBlock | None:
     """What ``--calibration`` says, in the form that a recipe holds."""
-    from ..calibration_names import recipe_calibration
-    from ..lineage.sources import parse_calibration
+    from ..calibration.names import recipe_calibration
+    from .calibration_arguments import parse_calibration
 
     if not calibration:
         return None
@@ -118,7 +118,7 @@ def methods(json_report: Json = None, quiet: Quiet = False, verbose: Verbose = F
             from ..merging import merge_methods
 
             known = merge_methods()
-        from ..summary import methods_table
+        from .summary import methods_table
 
         run.show(methods_table(known))
         run.write({"methods": known})

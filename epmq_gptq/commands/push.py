@@ -12,7 +12,7 @@ from rich.text import Text
 from .common import Json, Quiet, Run, Verbose, examples, place, running
 
 if TYPE_CHECKING:
-    from ..publishing import Pushed
+    from ..publish.push import Pushed
 
 
 @examples(
@@ -54,7 +54,7 @@ def push(
     interrupted = "nothing of it shows in the repository. The same command goes on from here."
     with running(json_report, quiet, verbose, interrupted=interrupted) as run:
         with run.reporter.quiet_host():
-            from ..publishing import push as push_folder
+            from ..publish.push import push as push_folder
 
             done = push_folder(
                 place(folder),
@@ -73,7 +73,7 @@ def push(
 
 
 def _print(run: Run, done: Pushed) -> None:
-    from ..summary import human_size
+    from ..io.console import human_size
 
     reporter = run.reporter
     if done.url is None:
@@ -94,7 +94,7 @@ def _print(run: Run, done: Pushed) -> None:
 
 
 def _files(done: Pushed) -> Table:
-    from ..summary import human_size
+    from ..io.console import human_size
 
     table = Table()
     table.add_column("file", overflow="fold")

@@ -118,8 +118,8 @@ def quantize(
     model card)."""
     with running(json_report, quiet, verbose) as run:
         reporter = run.reporter
-        from ..lineage import Given
-        from ..targets import check_file, read_target, write_draft
+        from .draft import Given
+        from .targets import check_file, read_target, write_draft
 
         if profile is not None:
             profile = place(profile)
@@ -145,8 +145,8 @@ def quantize(
                 remedy="Give a folder that is new or empty.",
             )
         out = place(out)
-        from ..pipeline import RunOptions, quantize_recipe, run_document
-        from ..summary import print_summary
+        from .pipeline import RunOptions, quantize_recipe, run_document
+        from .summary import print_summary
 
         read = read_target(target, given, reporter)
         resume = None if resume is None else place(resume)

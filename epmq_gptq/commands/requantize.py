@@ -80,8 +80,8 @@ def requantize(
 
     With other bits, alphas or weights, or without one of the experts."""
     with running(json_report, quiet, verbose) as run:
-        from ..recorded.run import requantize_folder
-        from ..summary import print_summary
+        from ..host.recorded.run import requantize_folder
+        from .summary import print_summary
 
         out = place(out)
         with run.reporter.quiet_host():

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..checkpoints import Checkpoint
+from ..io.checkpoints import Checkpoint
 
 # Of a quantized layer, in a checkpoint; its bias stays an ordinary tensor.
 PACKED = ("qweight", "qzeros", "scales", "g_idx")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import transformers
 
-from ..checkpoints import Checkpoint, check_folder, resolve_source
+from ..calibration.row_forms import form_of
 from ..errors import EPMQInputError
-from ..folders import read_json
-from ..row_forms import form_of
+from ..io.checkpoints import Checkpoint, check_folder, resolve_source
+from ..io.folders import read_json
 from .dense import make_dense, packed_names
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -194,7 +194,7 @@ def _quantized(
             remedy="Give a GPTQ or AWQ checkpoint, or the model in full precision.",
         )
     # `.host` first: it settles how many workers GPTQModel may start, and adds our definitions.
-    from ..host import install
+    from ..host.door import install
 
     install()
     # The kernel holds half precision; what is dense is read again in its own.
@@ -224,13 +224,13 @@ def _host_module(
 ) -> torch.nn.Module:
     from gptqmodel import BACKEND, GPTQModel
 
-    from ..remote_code import distrusted
+    from ..host.remote_code import distrusted
 
     backend = BACKEND.AUTO
     if dense or device == "cpu":
         backend = BACKEND.AWQ_TORCH if method == "awq" else BACKEND.GPTQ_TORCH
     if config.get("model_type") in _CLIP:
-        from ..models.loading import load_clip
+        from ..host.definitions.loading import load_clip
 
         return load_clip(path, device=device, dtype=dtype, backend=backend)
     with distrusted():

@@ -91,7 +91,7 @@ def quantize(
     Raises:
         EPMQInputError: the host does not know this combination, or an input of E-PMQ is refused.
     """
-    from ..host import install
+    from ..host.door import install
 
     install()  # first: it settles how many workers the host may start
     from gptqmodel import BACKEND, GPTQModel

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import EPMQInputError
 
 if TYPE_CHECKING:
-    from ..console import Reporter
+    from ..io.console import Reporter
     from .loading import Loaded
     from .results import Evaluation
 

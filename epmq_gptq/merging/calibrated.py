@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import EPMQInputError
-from ..layer_walk import InputGram, InputGrams, LayerWalk
-from ..skeleton import LayerStack, Skeleton, weight_of
+from ..experts.passes.layer_walk import InputGram, InputGrams, LayerWalk
+from ..experts.passes.skeleton import LayerStack, Skeleton, weight_of
 from .inputs import Inputs
 from .method import MergeMethod, Stack
 from .regmean import RegMean, Regression
 
 if TYPE_CHECKING:
-    from ..calibration import CalibrationPlan
+    from ..calibration.batches import CalibrationPlan
 
 
 def check_calibration(method: MergeMethod, calibration: Any) -> None:
@@ -57,7 +57,7 @@ def read_plan(
     Raises:
         EPMQInputError: the experts' names differ, or as of ``plan_for_folder``.
     """
-    from ..calibration import CalibrationPlan, plan_for_folder
+    from ..calibration.batches import CalibrationPlan, plan_for_folder
 
     experts = list(inputs.experts)
     if not isinstance(calibration, CalibrationPlan):
@@ -83,7 +83,7 @@ def read_plan(
 
 def _check_rows(calibration: Any) -> None:
     """Quantization can do without the rows of an expert; a regression on its inputs cannot."""
-    from ..rows import TaggedSource, is_data_free
+    from ..calibration.rows import TaggedSource, is_data_free
 
     if isinstance(calibration, TaggedSource):
         free = list(calibration.data_free)

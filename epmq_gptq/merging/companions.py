@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint
 from ..errors import EPMQInputError
-from ..folders import check_file, matching
+from ..io.checkpoints import Checkpoint
+from ..io.folders import check_file, matching
 from .compatibility import DTYPES
 from .shards import Entry
 

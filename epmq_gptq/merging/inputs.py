@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import Checkpoint, Source, open_checkpoint
+from ..io.checkpoints import Checkpoint, Source, open_checkpoint
 from .companions import check_floating, companions
 from .compatibility import DTYPES, Header, check_copied, check_headers
 from .method import Stack

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoints import Checkpoint, Source
+from ..io.checkpoints import Checkpoint, Source
 from .inputs import Inputs
 from .method import MergeMethod
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EPMQInputError
-from ..folders import INDEX_NAME, WEIGHTS_NAME
+from ..io.folders import INDEX_NAME, WEIGHTS_NAME
 
 # Bytes of one entry, by safetensors' dtype codes.
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}

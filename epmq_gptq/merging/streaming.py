@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import EPMQInputError
-from ..output import check_output, check_space, new_folder
+from ..io.output import check_output, check_space, new_folder
 from .calibrated import RegressionMerge, check_calibration, read_plan
 from .companions import copy_companions
 from .core import check_merge, run_method
@@ -94,7 +94,7 @@ def merge(
         progress: called with (steps done, steps in all, what was done).
         device: where the arithmetic runs; a GPU pays for ``wudi`` and the methods with calibration.
         calibration: for these methods only: expert name → its rows, in any form that
-            ``plan_for_folder`` reads, or a :class:`~epmq_gptq.calibration.CalibrationPlan`. The
+            ``plan_for_folder`` reads, or a ``CalibrationPlan``. The
             RegMean papers and FusionBench take 256 rows of each expert's training data.
         batch_size: calibration rows per forward pass, at most.
         seed: of the drawing of calibration rows.

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import transformers
 
-from ..demo.cache import cache_folder, publish
 from ..errors import EPMQInputError
+from ..evaluation.demo.cache import cache_folder, publish
 from . import pairs, text, vision
 from .suite import Progress, Suite
 

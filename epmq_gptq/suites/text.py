@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ..demo.cache import trained_models
-from ..demo.domains import DOMAINS, GENERATED, documents, problems
-from ..demo.evaluation import score
-from ..demo.plan import FULL, QUICK, TrainingPlan
-from ..demo.rows import Row, problem_rows, text_rows
+from ..evaluation.demo.cache import trained_models
+from ..evaluation.demo.domains import DOMAINS, GENERATED, documents, problems
+from ..evaluation.demo.evaluation import score
+from ..evaluation.demo.plan import FULL, QUICK, TrainingPlan
+from ..evaluation.demo.rows import Row, problem_rows, text_rows
 from .suite import Progress, Score, Suite, device_of
 
 EVALUATION_ROWS = 64

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..demo.hosting import one_thread
+from ..evaluation.demo.hosting import one_thread
 from .suite import Progress
 
 

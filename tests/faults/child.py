@@ -28,13 +28,14 @@ from gptqmodel.looper.checkpoint_store import CheckpointStore
 from gptqmodel.looper.gptq_processor import GPTQProcessor
 from gptqmodel.models import writer
 
-from epmq_gptq import EPMQConfig, saving
-from epmq_gptq.processor import EPMQProcessor
-from epmq_gptq.resume import session
-from epmq_gptq.solver import TargetSolver
-from epmq_gptq.statistics import GroupStatistics
-from epmq_gptq.task import EPMQ
-from epmq_gptq.trajectories import ExpertTrajectories
+from epmq_gptq import EPMQConfig
+from epmq_gptq.experts.passes.trajectories import ExpertTrajectories
+from epmq_gptq.host import saving
+from epmq_gptq.host.processor import EPMQProcessor
+from epmq_gptq.host.resume import session
+from epmq_gptq.host.solver import TargetSolver
+from epmq_gptq.host.task import EPMQ
+from epmq_gptq.method.statistics import GroupStatistics
 
 # Phase → what begins it.
 PHASES: dict[str, tuple[Any, str]] = {

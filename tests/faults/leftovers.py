@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from gptqmodel.quantization import gptq_cuda
 
-from epmq_gptq import host
+from epmq_gptq.host import door as host
 
 # Seconds that threads which are about to end may take.
 PATIENCE = 5

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import tiny
 
-from epmq_gptq import EPMQConfig, EPMQError, output, saving
+from epmq_gptq import EPMQConfig, EPMQError
+from epmq_gptq.host import saving
+from epmq_gptq.io import output
 
 
 def quantized(folder: Path):

@@ -16,9 +16,11 @@ from little_room import unlike
 from resume_runs import Run, assert_same, goes_on
 from test_resume_faults import Job
 
-from epmq_gptq import EPMQDeviceError, out_of_memory, row_pieces, trajectories
-from epmq_gptq.run_report import QuantizationReport
-from epmq_gptq.statistics import GroupStatistics
+from epmq_gptq import EPMQDeviceError
+from epmq_gptq.experts.passes import row_pieces, trajectories
+from epmq_gptq.method import chunks as out_of_memory
+from epmq_gptq.method.statistics import GroupStatistics
+from epmq_gptq.report import QuantizationReport
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from test_faults import EMBEDDING, V_PROJ, poison
 
 from epmq_gptq import EPMQConfig, EPMQNumericalError
-from epmq_gptq.origins import Peaks, first_bad
-from epmq_gptq.statistics import GroupStatistics
-from epmq_gptq.trajectories import ExpertTrajectories
+from epmq_gptq.experts.passes.trajectories import ExpertTrajectories
+from epmq_gptq.method.nonfinite import Peaks, first_bad
+from epmq_gptq.method.statistics import GroupStatistics
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

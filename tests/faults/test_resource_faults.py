@@ -18,17 +18,19 @@ from gptqmodel.quantization.gptq import GPTQ
 from judge import stored
 from little_room import full
 
-from epmq_gptq import EPMQConfig, EPMQDeviceError, layer_loop, out_of_memory
-from epmq_gptq.deltas import WeightDelta
+from epmq_gptq import EPMQConfig, EPMQDeviceError
+from epmq_gptq.checks import check
 from epmq_gptq.errors import EPMQWarning
+from epmq_gptq.experts.passes.trajectories import ExpertTrajectories
+from epmq_gptq.host import loop as layer_loop
+from epmq_gptq.host.solver import TargetSolver
+from epmq_gptq.host.task import EPMQ
 from epmq_gptq.kernels.gram import gram_update, mirror_
 from epmq_gptq.kernels.product import cross_update, product_update
-from epmq_gptq.out_of_memory import Rooms, is_out_of_memory
-from epmq_gptq.preflight import check
-from epmq_gptq.solver import TargetSolver
-from epmq_gptq.statistics import GroupStatistics
-from epmq_gptq.task import EPMQ
-from epmq_gptq.trajectories import ExpertTrajectories
+from epmq_gptq.method import chunks as out_of_memory
+from epmq_gptq.method.chunks import Rooms, is_out_of_memory
+from epmq_gptq.method.deltas import WeightDelta
+from epmq_gptq.method.statistics import GroupStatistics
 
 TESTS = Path(__file__).parents[1]
 

@@ -20,8 +20,8 @@ from judge import stored
 from typer.testing import CliRunner
 
 from epmq_gptq import cli
-from epmq_gptq.output import check_output
-from epmq_gptq.saving import PACKED
+from epmq_gptq.host.saving import PACKED
+from epmq_gptq.io.output import check_output
 
 HERE = Path(__file__).parent
 NAMES = {"expert0", "expert1"}
@@ -355,7 +355,7 @@ def test_a_read_only_disk(child, tmp_path):
 def test_a_folder_of_somebody_else(tmp_path):
     script = (
         "import os, sys; from pathlib import Path\n"
-        "from epmq_gptq.output import check_output\n"
+        "from epmq_gptq.io.output import check_output\n"
         "os.setuid(65534) if os.getuid() == 0 else None\n"
         "try: check_output(Path(sys.argv[1]), {}, False)\n"
         "except Exception as error: print(error.code, error)"

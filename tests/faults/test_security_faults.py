@@ -16,7 +16,7 @@ from test_hub import hub, model, resolve  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQConfig, EPMQInputError, cli
-from epmq_gptq.checkpoints import check_folder
+from epmq_gptq.io.checkpoints import check_folder
 
 HERE = Path(__file__).parent
 TOKEN = "hf_CanaryThatNobodyMaySee0123456789"

@@ -15,13 +15,15 @@ from gptqmodel.quantization.gptq import GPTQ
 from judge import stored
 from leftovers import nothing_left
 
-from epmq_gptq import EPMQConfig, EPMQDeviceError, EPMQHostError, EPMQInputError, host, layer_loop
+from epmq_gptq import EPMQConfig, EPMQDeviceError, EPMQHostError, EPMQInputError
 from epmq_gptq.errors import EPMQWarning
+from epmq_gptq.host import door as host
+from epmq_gptq.host import loop as layer_loop
+from epmq_gptq.host.processor import EPMQProcessor
+from epmq_gptq.host.solver import TargetSolver
+from epmq_gptq.host.task import EPMQ
 from epmq_gptq.kernels import exact
-from epmq_gptq.processor import EPMQProcessor
-from epmq_gptq.solver import TargetSolver
-from epmq_gptq.statistics import GroupStatistics
-from epmq_gptq.task import EPMQ
+from epmq_gptq.method.statistics import GroupStatistics
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 from mutations import json_files, safetensors_files, yaml_files
 
-from epmq_gptq.adapters import Adapter
-from epmq_gptq.checkpoints import Checkpoint, check_folder
-from epmq_gptq.engines.check import ENGINES, check_checkpoint
-from epmq_gptq.lineage.read import read_lineage
-from epmq_gptq.preflight.structure import normalised
+from epmq_gptq.checks.engines.check import ENGINES, check_checkpoint
+from epmq_gptq.checks.structure import normalised
+from epmq_gptq.experts.adapters import Adapter
+from epmq_gptq.host.recorded.bundle import Bundle
+from epmq_gptq.io.checkpoints import Checkpoint, check_folder
+from epmq_gptq.merging.lineage.read import read_lineage
+from epmq_gptq.publish.report.page import report_page
+from epmq_gptq.publish.report.retention import read_retention
+from epmq_gptq.publish.report.run import read_report
 from epmq_gptq.recipe import Recipe
-from epmq_gptq.recorded.bundle import Bundle
-from epmq_gptq.regret.page import report_page
-from epmq_gptq.regret.retention import read_retention
-from epmq_gptq.regret.run import read_report
 
 CORPUS = Path(__file__).parent / "corpus"
 

@@ -25,8 +25,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from targets import ALONE, CORPUS, TARGETS, Target
 
-from epmq_gptq import EPMQError, adapters, checkpoints
-from epmq_gptq.recorded import bundle
+from epmq_gptq import EPMQError
+from epmq_gptq.experts import adapters
+from epmq_gptq.host.recorded import bundle
+from epmq_gptq.io import checkpoints
 
 # Examples of each file; `make fuzz` sets more, of other seeds.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from epmq_gptq.calibration import CalibrationPlan
+from epmq_gptq.calibration.batches import CalibrationPlan
 from epmq_gptq.merging import MergeResult, merge
 
 VISION = dict(

@@ -5,8 +5,9 @@ import json
 import pytest
 from merging_models import make_models, save_models
 
-from epmq_gptq.lineage import Given, draft_of_merge, read_lineage
+from epmq_gptq.commands.draft import Given, draft_of_merge
 from epmq_gptq.merging import RECORD_NAME, merge, merge_methods
+from epmq_gptq.merging.lineage import read_lineage
 
 # Two computations bear the name TIES, and the record tells them apart.
 TRIMS = {"ties": "whole model", "ties_per_tensor": "per tensor"}

@@ -16,7 +16,7 @@ from regmean_models import (
 )
 from safetensors.torch import save_file
 
-from epmq_gptq.calibration import CalibrationPlan
+from epmq_gptq.calibration.batches import CalibrationPlan
 from epmq_gptq.errors import EPMQNumericalError
 from epmq_gptq.merging import merge
 

@@ -16,8 +16,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 from epmq_gptq import cli
-from epmq_gptq.checkpoints import Checkpoint
 from epmq_gptq.errors import EPMQError, EPMQInputError, EPMQNumericalError
+from epmq_gptq.io.checkpoints import Checkpoint
 from epmq_gptq.merging import merge, merge_methods, merge_state_dicts
 
 METHODS = ("regmean", "regmean_plusplus")

@@ -8,8 +8,8 @@ import torch
 from merging_models import assert_same, floating, load_model, make_models, save_model, save_models
 from safetensors.torch import save_file
 
-from epmq_gptq.checkpoints import Checkpoint
 from epmq_gptq.errors import EPMQNumericalError
+from epmq_gptq.io.checkpoints import Checkpoint
 from epmq_gptq.merging import RECORD_NAME, merge, merge_methods, merge_state_dicts
 from epmq_gptq.merging.shards import Entry, ShardWriter
 

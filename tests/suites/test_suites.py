@@ -13,9 +13,9 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from epmq_gptq.calibration import plan_for_folder
+from epmq_gptq.calibration.batches import plan_for_folder
+from epmq_gptq.calibration.row_forms import form_of
 from epmq_gptq.errors import EPMQInputError
-from epmq_gptq.row_forms import form_of
 from epmq_gptq.suites import SPLITS, SUITES, build, build_suite, pairs, pictures, vision
 from epmq_gptq.suites.__main__ import load
 

@@ -1,0 +1,274 @@
+"""Rows per expert → batches that each belong to exactly one expert.
+
+The host sorts, concatenates and drops rows of one flat list; a row must never lose its expert, so
+every expert's rows are batched apart and the batches carry the expert's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import EPMQInputError
+from ..io.options import bad_option, is_count
+from .inputs import Rules, folder_rules
+from .row_forms import TEXT
+from .row_sets import read_calibration
+from .tokens import EncodedCalibration, RowCounts, TokenRow
+
+# As GPTQModel has it: how the rows of an expert are ordered before they are batched.
+SORTS = (None, "asc", "desc")
+
+
+@dataclass
+class CalibrationPlan:
+    """The batches of a run, in order, and the expert each belongs to.
+
+    Attributes:
+        batches: arguments of the model's forward: ``input_ids`` (int64) and ``attention_mask``
+            (bool), ``(B, S)`` each; without the mask where the model takes none. Of images
+            ``pixel_values: (B, C, H, W)``, of pairs the same two and their ``decoder_`` twins.
+        experts: the expert of each batch.
+        rows: sequences per expert.
+        tokens: calibration tokens per expert, padding left out.
+        counts: what became of every expert's rows.
+        positions: tokens of an image.
+        held_out: whether a batch is kept apart, to choose options with.
+    """
+
+    batches: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, RowCounts] = field(default_factory=dict)
+    positions: int = 1
+    held_out: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.held_out = self.held_out or [False] * len(self.batches)
+
+    def add(
+        self, expert: str, batches: Sequence[dict[str, torch.Tensor]], *, held_out: bool
+    ) -> None:
+        """More batches of an expert."""
+        self.batches += batches
+        self.experts += [expert] * len(batches)
+        self.held_out += [held_out] * len(batches)
+
+    def __len__(self) -> int:
+        return sum(self.rows.values())
+
+    @property
+    def host_batches(self) -> list[dict[str, torch.Tensor]]:
+        """:attr:`batches` for GPTQModel, which counts the tokens of ``input_ids`` in each.
+
+        Images have none; theirs are zeros, one for each position, and no model may be given them.
+        """
+        return [_with_ids(batch, self.positions) for batch in self.batches]
+
+    @property
+    def calibration(self) -> dict[str, dict[str, Any]]:
+        """:attr:`counts` as plain data, for reports."""
+        return {name: asdict(counts) for name, counts in self.counts.items()}
+
+
+def _with_ids(batch: dict[str, torch.Tensor], positions: int) -> dict[str, torch.Tensor]:
+    if "input_ids" in batch:
+        return batch
+    rows = len(batch["pixel_values"])
+    return batch | {"input_ids": torch.zeros((rows, positions), dtype=torch.long)}
+
+
+def plan_for_folder(
+    folder: Path,
+    calibration: Any,
+    experts: Sequence[str],
+    *,
+    batch_size: int = 1,
+    seed: int = 0,
+    base_folder: Path = Path(),
+) -> CalibrationPlan:
+    """Batches of a calibration for the model in a folder, without that model.
+
+    Args:
+        folder: of a model with its configuration and tokenizer or image processor.
+        calibration: in any form, see ``read_calibration``; or what was encoded already.
+        experts: their names.
+        batch_size: rows per batch, at most.
+        seed: of the draws.
+        base_folder: what relative paths are relative to.
+
+    Raises:
+        EPMQInputError: as of reading, encoding and batching the rows.
+    """
+    rules = folder_rules(folder)
+    if not isinstance(calibration, EncodedCalibration):
+        sets = read_calibration(
+            calibration, experts, seed=seed, folder=base_folder, form=rules.form
+        )
+        calibration = rules.encode(sets)
+    calibration.check_experts(experts)
+    return plan_inputs(calibration, rules, batch_size=batch_size)
+
+
+def plan_inputs(
+    calibration: EncodedCalibration,
+    rules: Rules,
+    *,
+    batch_size: int,
+    sort: str | None = None,
+    pad: bool = True,
+    masked: bool = True,
+    held_out: float = 0.0,
+) -> CalibrationPlan:
+    """Batch every expert's rows apart, of whatever form they are; see :func:`plan_calibration`.
+
+    Raises:
+        EPMQInputError: an option is out of range, or the rows are of another form than the model's.
+    """
+    if calibration.form != rules.form.name:
+        raise EPMQInputError(
+            f"`calibration` holds rows of {calibration.form}, the model reads {rules.form.name}.",
+            code="EPMQ-F32",
+            subject="`calibration`",
+            remedy="Read the rows with this model's rules.",
+        )
+    if rules.form is TEXT:
+        return plan_calibration(
+            calibration,
+            batch_size=batch_size,
+            sort=sort,
+            pad=pad,
+            masked=masked,
+            pad_id=rules.pad_id,
+            pads_left=rules.pads_left,
+            held_out=held_out,
+        )
+    _check_batching(batch_size, sort)
+    plan = CalibrationPlan(
+        counts=dict(calibration.counts), positions=getattr(rules, "positions", 1)
+    )
+    for name, rows in calibration.rows.items():
+        if sort is not None:
+            rows = sorted(rows, key=lambda row: row.tokens, reverse=sort == "desc")
+        tokens = 0
+        for part, apart in _parts(rows, held_out):
+            batches = list(rules.batches(part, batch_size))
+            tokens += sum(count for _, count in batches)
+            plan.add(name, [batch for batch, _ in batches], held_out=apart)
+        # Our own arithmetic: no row is lost on the way from the counts to the model.
+        assert tokens == calibration.counts[name].tokens, name
+        plan.rows[name], plan.tokens[name] = len(rows), tokens
+    return plan
+
+
+def _parts(rows: Sequence[Any], share: float) -> Iterator[tuple[Sequence[Any], bool]]:
+    """The rows that are fitted to, then those held out: every k-th, so of all lengths and sources.
+
+    One row of two is the least that is fitted to, and of a single row none is held out.
+    """
+    every = max(2, round(1 / share)) if share else len(rows) + 1
+    apart = set(range(every - 1, len(rows), every))
+    if share and len(rows) > 1 and not apart:
+        apart = {len(rows) - 1}
+    yield [row for index, row in enumerate(rows) if index not in apart], False
+    if apart:
+        yield [rows[index] for index in sorted(apart)], True
+
+
+def _check_batching(batch_size: int, sort: str | None) -> None:
+    if not is_count(batch_size):
+        raise bad_option("batch_size", "a positive integer", batch_size)
+    if sort not in SORTS:
+        raise bad_option("calibration_sort", 'None, "asc" or "desc"', sort)
+
+
+def plan_calibration(
+    calibration: EncodedCalibration,
+    *,
+    batch_size: int,
+    sort: str | None = None,
+    pad: bool = True,
+    masked: bool = True,
+    pad_id: int = 0,
+    pads_left: bool = False,
+    held_out: float = 0.0,
+) -> CalibrationPlan:
+    """Batch every expert's rows apart, experts in the order of ``calibration``.
+
+    Args:
+        calibration: what ``encode_calibration`` returned.
+        batch_size: rows per batch, at most.
+        sort: "asc" or "desc" by length within an expert; None keeps the order.
+        pad: whether rows of different lengths may share a batch. Without, only rows of one length
+            do: routed modules see no attention mask, so a padding token would count as data there.
+        masked: whether the model takes an attention mask; one that does not gets rows one by one.
+        pad_id: the token that fills up, hidden by the mask.
+        pads_left: whether it does so in front of the row.
+        held_out: share of every expert's rows that is batched apart from the others.
+
+    Raises:
+        EPMQInputError: an option is out of range, or a row hides tokens where that means nothing.
+    """
+    _check_batching(batch_size, sort)
+    plan = CalibrationPlan(counts=dict(calibration.counts))
+    for name, rows in calibration.rows.items():
+        if not (pad and masked):
+            _check_nothing_hidden(rows, name)
+        if sort is not None:
+            rows = sorted(rows, key=lambda row: len(row.ids), reverse=sort == "desc")
+        tokens = 0
+        for part, apart in _parts(rows, held_out):
+            size = batch_size if masked else 1
+            groups = _in_turn(part, size) if pad else _alike(part, batch_size)
+            batches = [_batch(group, pad_id, pads_left) for group in groups]
+            tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+            if not masked:
+                batches = [{"input_ids": batch["input_ids"]} for batch in batches]
+            plan.add(name, batches, held_out=apart)
+        # Our own arithmetic: no row is lost on the way from the counts to the model.
+        assert tokens == calibration.counts[name].tokens, name
+        plan.rows[name], plan.tokens[name] = len(rows), tokens
+    return plan
+
+
+def _check_nothing_hidden(rows: Sequence[TokenRow], expert: str) -> None:
+    hidden = sum(row.mask is not None for row in rows)
+    if hidden:
+        raise EPMQInputError(
+            f"calibration of expert `{expert}`: `attention_mask` hides tokens inside of {hidden} "
+            "rows, and parts of this model see no mask: these tokens would count as data.",
+            code="EPMQ-F32",
+            subject=f"expert `{expert}`",
+            remedy="Take the hidden tokens out of the rows.",
+        )
+
+
+def _in_turn(rows: Sequence[TokenRow], batch_size: int) -> Iterator[Sequence[TokenRow]]:
+    for start in range(0, len(rows), batch_size):
+        yield rows[start : start + batch_size]
+
+
+def _alike(rows: Sequence[TokenRow], batch_size: int) -> Iterator[Sequence[TokenRow]]:
+    """Groups of rows of one length, the longest first."""
+    by_length: dict[int, list[TokenRow]] = {}
+    for row in rows:
+        by_length.setdefault(len(row.ids), []).append(row)
+    for length in sorted(by_length, reverse=True):
+        yield from _in_turn(by_length[length], batch_size)
+
+
+def _batch(rows: Sequence[TokenRow], pad_id: int, pads_left: bool) -> dict[str, torch.Tensor]:
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        length = len(row.ids)
+        place = slice(width - length, None) if pads_left else slice(length)
+        ids[index, place] = torch.tensor(row.ids, dtype=torch.long)
+        mask[index, place] = True if row.mask is None else torch.tensor(row.mask, dtype=torch.bool)
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,338 @@
+"""Where calibration rows come from: text, JSON lines and Parquet files, ``datasets``, and memory.
+
+Every source becomes :class:`Items`; what one of them says is checked by ``row_checks.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import EPMQInputError
+from ..io.options import exists, resolve_path, shown
+from .row_checks import Row, are_ids, bad_row
+from .row_forms import TEXT, RowForm
+from .rows import JSON_LINES, OTHER_FORMATS, PARQUET, RowSource, TaggedSource, public_path
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a source holds, before anything is chosen.
+
+    Attributes:
+        data: the rows as they were found.
+        what: the source, for errors.
+        subject: the expert, for errors.
+        unit: what a row is called: line, paragraph, row.
+        numbers: of the rows where they are not 0, 1, …: blank lines count in a file.
+        column: the option of the source.
+        bare: whether a string or a list of ids may stand for a row.
+        many: too many to be checked one by one before some are drawn; blank ones are passed over.
+        form: what a row may be.
+        target_column: the option of the source.
+        folder: what the names of pictures are relative to.
+    """
+
+    data: Sequence[Any]
+    what: str
+    subject: str
+    unit: str = "row"
+    numbers: list[int] | None = None
+    column: str | None = None
+    bare: bool = False
+    many: bool = False
+    form: RowForm = TEXT
+    target_column: str | None = None
+    folder: Path = Path()
+
+    def place(self, index: int) -> str:
+        """What errors call the row with this index."""
+        return f"{self.what}, {self.unit} {self.numbers[index] if self.numbers else index}"
+
+    def row(self, index: int) -> Row | None:
+        """The checked row; None where it is blank and may be.
+
+        Raises:
+            EPMQInputError: it is no row.
+        """
+        data, place = self.data[index], self.place(index)
+        row = self.form.check(
+            data,
+            place,
+            self.subject,
+            column=self.column,
+            target_column=self.target_column,
+            bare=self.bare,
+        )
+        if row is None:
+            if not self.many:
+                raise bad_row(place, "the row is empty", self.subject, "Take it out.")
+            return None
+        if row.kind == "image" and isinstance(row.value, (str, Path)):
+            return replace(row, value=resolve_path(str(row.value), self.folder))
+        return row
+
+
+def open_items(
+    source: RowSource, what: str, subject: str, folder: Path, form: RowForm = TEXT
+) -> Items:
+    """What a source holds, as rows of a form.
+
+    Raises:
+        EPMQInputError: it cannot be had, or is of another format.
+    """
+    _check_form(source, form, what, subject)
+    items = _open(source, what, subject, folder, form)
+    beside = folder if source.file is None else resolve_path(source.file, folder).parent
+    return replace(items, form=form, target_column=source.target_column, folder=beside)
+
+
+def _check_form(source: RowSource, form: RowForm, what: str, subject: str) -> None:
+    """Refuse options that mean nothing for rows of this form."""
+    if source.is_text_file and not form.from_text:
+        raise EPMQInputError(
+            f"{what} is a text file, and this model reads {form.name}.",
+            code="EPMQ-F32",
+            subject=subject,
+            remedy="Give a .jsonl or .parquet file, a dataset, or the rows themselves.",
+        )
+    if source.concat and not form.from_text:
+        raise EPMQInputError(
+            f"{what}: `concat` joins texts, and this model reads {form.name}.",
+            code="EPMQ-O03",
+            subject="`concat`",
+            remedy="Leave it out.",
+        )
+    if source.target_column is not None and form.name != "pairs":
+        raise EPMQInputError(
+            f"{what}: `target_column` is for pairs of texts, and this model reads {form.name}.",
+            code="EPMQ-O03",
+            subject="`target_column`",
+            remedy="Leave it out.",
+        )
+
+
+def _open(source: RowSource, what: str, subject: str, folder: Path, form: RowForm) -> Items:
+    if source.dataset is not None:
+        data = _load_dataset(source, what, subject, folder)
+        return _table_items(source, data, what, subject, form)
+    if source.rows is not None:
+        return _memory_items(source, what, subject, form)
+    path = resolve_path(source.file, folder)
+    _check_file(source, path, what, subject)
+    if source.suffix in PARQUET:
+        table = _parquet(source, path, what, subject, form)
+        return Items(table, what, subject, column=source.column)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise EPMQInputError(
+            f"{what} is not readable as UTF-8 text: {reason}.",
+            code="EPMQ-F32",
+            subject=subject,
+            remedy="Save it as UTF-8.",
+        ) from error
+    if source.suffix in JSON_LINES:
+        return _json_items(source, text, what, subject)
+    parts = _parts(text, source.unit)
+    found = [(n, part.strip("\r\n")) for n, part in enumerate(parts, start=1) if part.strip()]
+    data = [{"text": part} for _, part in found]
+    return Items(data, what, subject, source.unit, [number for number, _ in found])
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def _check_file(source: RowSource, path: Path, what: str, subject: str) -> None:
+    named = public_path(source.file)
+    if not exists(path) or not path.is_file():
+        remedy = "A path in a recipe starts at the recipe's folder."
+        if " " in named:
+            remedy += " Texts that are rows themselves are `{rows: [...]}`."
+        elif exists(path):
+            remedy = "It is a folder: list its files."
+        elif not path.suffix:
+            remedy += f" A dataset is `{{dataset: {named}, samples: 128}}`."
+        raise EPMQInputError(
+            f"{what}: there is no file `{named[:80]}`.",
+            code="EPMQ-F22",
+            subject=subject,
+            remedy=remedy,
+        )
+    if source.suffix in OTHER_FORMATS:
+        raise EPMQInputError(
+            f"{what} is neither text nor .jsonl nor .parquet.",
+            code="EPMQ-F32",
+            subject=subject,
+            remedy=f"Read it with `{{dataset: {OTHER_FORMATS[source.suffix]}, data_files: "
+            f"{named}, samples: 128}}`.",
+        )
+
+
+def _parts(text: str, unit: str) -> Iterable[str]:
+    if unit == "file":
+        return [text]
+    # str.splitlines would also cut at form feeds and other separators inside a line.
+    return text.split("\n") if unit == "line" else re.split(r"\n\s*\n", text)
+
+
+def _json_items(source: RowSource, text: str, what: str, subject: str) -> Items:
+    data, lines = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            data.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            cause = f"not JSON: {str(error).rstrip('.')}"
+            raise bad_row(f"{what}, line {number}", cause, subject, "Correct the line.") from error
+        lines.append(number)
+    return Items(data, what, subject, "line", lines, source.column)
+
+
+class _ParquetRows(Sequence):
+    """The rows of an Arrow table as mappings, each made when it is asked for."""
+
+    def __init__(self, table: Any):
+        self.table = table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.table.slice(index, 1).to_pylist()[0]
+
+
+def _needed(source: RowSource, names: Sequence[str], form: RowForm) -> list[str] | None:
+    """The columns to read of these; None for all, where one is missing.
+
+    Then the names are needed to say what there is instead. Others may hold images or anything.
+    """
+    kinds = [source.column] if source.column else form.kinds
+    tag = [source.expert_column] if isinstance(source, TaggedSource) else []
+    if not set(kinds) & set(names) or not set(tag) <= set(names):
+        return None
+    wanted = {*kinds, *tag, *form.others, source.target_column, "attention_mask"}
+    return [name for name in names if name in wanted]
+
+
+def _parquet(
+    source: RowSource, path: Path, what: str, subject: str, form: RowForm
+) -> Sequence[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+        table = pyarrow.parquet.read_table(path, columns=_needed(source, names, form))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise EPMQInputError(
+            f"{what} is not readable as a Parquet file: {_reason(error)}.",
+            code="EPMQ-F32",
+            subject=subject,
+            remedy="Write it again.",
+        ) from error
+    # To find a row takes time with the number of chunks, one for every group of rows of the file.
+    return _ParquetRows(table.combine_chunks())
+
+
+# ---- datasets and memory -----------------------------------------------------------------------
+
+
+def _load_dataset(source: RowSource, what: str, subject: str, folder: Path) -> Sequence[Any]:
+    import datasets
+
+    paths: dict[str, str] = {}
+
+    def local(spec: str) -> str:
+        path = resolve_path(spec, folder)
+        found = str(path) if exists(path) else spec
+        paths[str(Path(found).absolute())] = public_path(spec)  # for what `datasets` says of it
+        return found
+
+    files = source.data_files
+    # With files it may be a format, also beside a folder of that name.
+    is_format = files is not None and "/" not in source.dataset
+    if files is not None:
+        files = [local(spec) for spec in ([files] if isinstance(files, str) else files)]
+    try:
+        return datasets.load_dataset(
+            source.dataset if is_format else local(source.dataset),
+            source.config,
+            split=source.split or "train",
+            revision=source.revision,
+            data_files=files,
+        )
+    except Exception as error:
+        # Unknown names, splits and revisions, gated sets, no network and broken files each come
+        # as another library's exception; for the user all of them mean the same.
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            error = error.__cause__ or error  # it says nothing itself
+        reason = _reason(error)
+        for path, public in paths.items():
+            reason = reason.replace(path, public)
+        raise EPMQInputError(
+            f"{what}: the dataset could not be loaded: {reason}.",
+            code="EPMQ-F22",
+            subject=subject,
+            remedy="Check `dataset`, `config`, `split` and `revision`, or give a `file`.",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return first.rstrip(".") or type(error).__name__
+
+
+def _table_items(source: RowSource, table: Any, what: str, subject: str, form: RowForm) -> Items:
+    columns = _needed(source, table.column_names, form)
+    table = table if columns is None else table.select_columns(columns)
+    return Items(table, what, subject, column=source.column, many=True)
+
+
+def _memory_items(source: RowSource, what: str, subject: str, form: RowForm) -> Items:
+    rows = source.rows
+    if _is_dataset(rows):
+        return _table_items(source, rows, what, subject, form)
+    remedy = _in_a_list(rows)
+    if remedy is not None:
+        raise EPMQInputError(
+            f"{what} should be a list of rows, got {type(rows).__name__}.",
+            code="EPMQ-F32",
+            subject=subject,
+            remedy=remedy,
+        )
+    listed = rows.tolist() if getattr(rows, "ndim", None) == 1 else list(rows)
+    if are_ids(listed):
+        raise EPMQInputError(
+            f"{what} is one list of token ids, where a list of rows should be.",
+            code="EPMQ-F32",
+            subject=subject,
+            remedy=f"Write `[{shown([int(value) for value in listed[:3]])}]` for one row of these "
+            "ids.",
+        )
+    return Items(listed, what, subject, column=source.column, bare=True)
+
+
+def _in_a_list(rows: Any) -> str | None:
+    """What to do about something that is no series of rows; None where it is one."""
+    if hasattr(rows, "columns") or hasattr(rows, "column_names"):
+        # Iterating over a data frame gives the names of its columns, over a stream all of the web.
+        if hasattr(rows, "take") and not hasattr(rows, "columns"):
+            return "Take as many rows as needed into a list: `list(rows.take(128))`."
+        return "Give a list of its rows, or make a `datasets.Dataset` of it."
+    if isinstance(rows, Set):
+        return "Put the rows into a list: a set has another order in every run."
+    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+        return "Put the rows into a list."
+    return None
+
+
+def _is_dataset(rows: Any) -> bool:
+    # A table on disk; whoever has one has imported the library.
+    return type(rows).__name__ == "Dataset" and type(rows).__module__.startswith("datasets.")

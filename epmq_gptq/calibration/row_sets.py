@@ -1,0 +1,299 @@
+"""Calibration in any of its forms → the rows of every expert: checked, drawn and counted.
+
+Reading needs no model. What comes next, tokens, is in ``tokens.py``; batches are in
+``calibration.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import EPMQInputError
+from ..io.options import bad_option, from_mapping, is_count, shown
+from .names import check_data_free, check_some_rows, experts_with_rows, given_sources, listed
+from .row_checks import Row, bad_row
+from .row_forms import TEXT, RowForm
+from .row_readers import Items, open_items
+from .rows import RowSource, TaggedSource
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """The rows that were taken from one source.
+
+    Attributes:
+        source: where they came from.
+        rows: in the order of the source; with ``concat`` and ``samples``, all of them in the order
+            of the draw, to be read until the blocks are full.
+        available: how many the source has for this expert, blank ones of a dataset included.
+        blank: how many of a dataset's were passed over.
+    """
+
+    source: RowSource
+    rows: Iterable[Row]
+    available: int
+    blank: int = 0
+
+    @property
+    def taken(self) -> str:
+        """In a few words: what was asked for, what there is, where."""
+        source = self.source
+        if source.concat:
+            count = "all" if source.samples is None else source.samples
+            blocks = f"{count} blocks of {source.limit} tokens from {self.available} rows"
+            return f"{blocks} ({source.label})"
+        return f"{sum(1 for _ in self.rows)} of {self.available} ({source.label})"
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The rows of a large table in a given order, blank ones left out, read one by one."""
+
+    items: Items
+    order: Sequence[int]
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for row in map(self.items.row, self.order) if row is not None)
+
+
+# ---- every form of calibration -----------------------------------------------------------------
+
+
+def read_calibration(
+    calibration: Any,
+    experts: Sequence[str],
+    *,
+    data_free: Sequence[str] = (),
+    seed: int = 0,
+    folder: Path = Path(),
+    concat_size: int | None = None,
+    form: RowForm = TEXT,
+) -> dict[str, list[RowSet]]:
+    """Read the rows of every expert; the counts asked for are the counts returned.
+
+    Args:
+        calibration: expert → a list of rows (strings, token ids, mappings with ``text``,
+            ``messages`` or ``input_ids``; or what ``form`` says), a ``datasets.Dataset``, a
+            file's name, the options of a ``RowSource``, one of these or a list
+            of them (in a list, files are ``Path``: strings are rows of text); or one source for all
+            experts, with ``expert_column``. What a recipe holds is one of these.
+        experts: the experts of the run.
+        data_free: those of them that have no rows.
+        seed: of the draws: the same seed draws the same rows, on any machine.
+        folder: what relative paths are relative to.
+        concat_size: join the rows of every source into blocks of so many tokens.
+        form: what a row is for the merged model, see ``row_forms.form_of``.
+
+    Returns:
+        Expert → its sources, in the order of ``experts``; the data-free ones are left out.
+
+    Raises:
+        EPMQInputError: the names differ, a source cannot be read, holds something else than rows
+            or has too few.
+    """
+    if isinstance(calibration, Mapping) and "expert_column" in calibration:
+        calibration = from_mapping(TaggedSource, dict(calibration), "`calibration`")
+    if isinstance(calibration, TaggedSource):
+        calibration.check_experts(experts)
+        for name in calibration.data_free:
+            check_data_free(name, True, name in data_free)
+        named = [name for name in experts if name not in data_free]
+        check_some_rows(named)
+        return _read_tagged(_in_blocks(calibration, concat_size), named, seed, folder, form)
+    named = experts_with_rows(calibration, experts, data_free)
+    sources = {name: given_sources(calibration[name], name) for name in named}
+    return {
+        name: [
+            _read(_in_blocks(source, concat_size), name, seed, index, folder, form)
+            for index, source in enumerate(each)
+        ]
+        for name, each in sources.items()
+    }
+
+
+def _in_blocks(source: RowSource, size: int | None) -> RowSource:
+    if size is None:
+        return source
+    if not is_count(size):
+        raise bad_option("calibration_concat_size", "a positive integer", size)
+    if source.seqlen not in (None, size):
+        raise EPMQInputError(
+            f"`calibration_concat_size` is {size}, and `seqlen` of {source.label} is "
+            f"{source.seqlen}.",
+            code="EPMQ-O03",
+            subject="`calibration_concat_size`",
+            remedy="Leave one of them out.",
+        )
+    return dataclasses.replace(source, concat=True, seqlen=size)
+
+
+# ---- one source --------------------------------------------------------------------------------
+
+
+def _what(source: RowSource, expert: str) -> str:
+    if source.rows is not None:
+        return f"calibration of expert `{expert}`"
+    return f"`calibration.{expert}`: `{source.label}`"
+
+
+def _draw(source: RowSource, expert: str, seed: int, index: int = 0) -> random.Random:
+    return random.Random(f"{seed if source.seed is None else source.seed}:{expert}:{index}")
+
+
+def _read(
+    source: RowSource, expert: str, seed: int, index: int, folder: Path, form: RowForm
+) -> RowSet:
+    what = _what(source, expert)
+    items = open_items(source, what, f"expert `{expert}`", folder, form)
+    draw = _draw(source, expert, seed, index)
+    return _chosen(source, items, range(len(items.data)), what, draw)
+
+
+def _chosen(
+    source: RowSource, items: Items, indices: Sequence[int], what: str, draw: random.Random
+) -> RowSet:
+    """As many of these rows as the source asks for."""
+    if not indices:
+        raise _no_rows(what, items.subject)
+    if items.many:
+        return _chosen_of_many(source, items, indices, what, draw)
+    # All of them, also those that are not drawn: a bad row is better known today than with
+    # another seed.
+    rows = [items.row(index) for index in indices]
+    if source.concat:
+        order = rows if source.samples is None else draw.sample(rows, len(rows))
+        return RowSet(source, order, len(rows))
+    wanted = len(rows) if source.samples is None else source.samples
+    _check_enough(what, wanted, len(rows), items.subject)
+    chosen = sorted(draw.sample(range(len(rows)), wanted))
+    return RowSet(source, [rows[i] for i in chosen], len(rows))
+
+
+def _chosen_of_many(
+    source: RowSource, items: Items, indices: Sequence[int], what: str, draw: random.Random
+) -> RowSet:
+    order = list(indices)
+    if source.samples is not None:
+        draw.shuffle(order)
+    if source.concat:
+        return RowSet(source, _Drawn(items, order), len(order))
+    chosen: dict[int, Row] = {}
+    blank = 0
+    for index in order:
+        row = items.row(index)
+        if row is None:  # public text sets are full of empty lines
+            blank += 1
+            continue
+        chosen[index] = row
+        if len(chosen) == source.samples:
+            break
+    place = f" in split `{source.split or 'train'}`" if source.dataset is not None else ""
+    note = place + (f" besides {blank} blank" if blank else "")
+    if not chosen:
+        raise _no_rows(what, items.subject)
+    _check_enough(what, source.samples or len(chosen), len(chosen), items.subject, note)
+    return RowSet(source, [chosen[index] for index in sorted(chosen)], len(order), blank)
+
+
+def _no_rows(what: str, subject: str) -> EPMQInputError:
+    return EPMQInputError(
+        f"{what} is empty: it holds no rows.",
+        code="EPMQ-F22",
+        subject=subject,
+        remedy="Give rows of that expert's own task.",
+    )
+
+
+def _check_enough(what: str, wanted: int, found: int, subject: str, note: str = "") -> None:
+    if found < wanted:
+        raise EPMQInputError(
+            f"{what}: `samples` asks for {wanted} rows, there are {found}{note}.",
+            code="EPMQ-F24",
+            subject=subject,
+            remedy="Add rows or lower `samples`.",
+        )
+
+
+# ---- one source for several experts ------------------------------------------------------------
+
+
+def _read_tagged(
+    source: TaggedSource, experts: Sequence[str], seed: int, folder: Path, form: RowForm
+) -> dict[str, list[RowSet]]:
+    what = "`calibration`" if source.rows is not None else f"`calibration`: `{source.label}`"
+    items = open_items(source, what, "`calibration`", folder, form)
+    indices = _indices(source, items, experts, what)
+    empty = [name for name in experts if not indices[name]]
+    if empty:
+        raise EPMQInputError(
+            f"{what}: no row of column `{source.expert_column}` is of {listed(empty)}.",
+            code="EPMQ-F22",
+            subject=f"expert `{empty[0]}`",
+            remedy="Add rows, map other values with `experts_by_value`, or name the expert under "
+            "`data_free`.",
+        )
+    sets = {}
+    for name in experts:
+        draw = _draw(source, name, seed)
+        own = f"{what}, expert `{name}`"
+        sets[name] = [_chosen(source, items, indices[name], own, draw)]
+    return sets
+
+
+def _indices(
+    source: TaggedSource, items: Items, experts: Sequence[str], what: str
+) -> dict[str, list[int]]:
+    """The rows of every expert."""
+    # YAML reads `0: math` as a number; whether the column holds a number or its text is the same.
+    names = {str(value): name for value, name in source.experts_by_value.items()}
+    indices: dict[str, list[int]] = {name: [] for name in experts}
+    others: dict[str, int] = {}
+    for index, value in enumerate(_values(source, items)):
+        if isinstance(value, bool) or not isinstance(value, (str, numbers.Integral)):
+            cause = f"`{source.expert_column}` should name an expert, got {shown(value)}"
+            remedy = "Correct the row, or choose another `expert_column`."
+            raise bad_row(items.place(index), cause, "`expert_column`", remedy)
+        name = names.get(str(value), str(value))
+        if name in indices:
+            indices[name].append(index)
+        else:
+            others[str(value)] = others.get(str(value), 0) + 1
+    if others and source.other_values == "refuse":
+        found = ", ".join(f"`{value[:80]}` ({n} rows)" for value, n in list(others.items())[:20])
+        raise EPMQInputError(
+            f"{what}: column `{source.expert_column}` holds values that are none of the experts "
+            f"{listed(experts)}: {found}.",
+            code="EPMQ-F21",
+            subject=f"`{source.expert_column}`",
+            remedy="Map them with `experts_by_value`, or set `other_values: ignore`.",
+        )
+    return indices
+
+
+def _values(source: TaggedSource, items: Items) -> Iterable[Any]:
+    column = source.expert_column
+    if items.many:
+        if column not in items.data.column_names:
+            raise _no_column(source, items.what, items.data.column_names)
+        yield from items.data[column]
+        return
+    for index, data in enumerate(items.data):
+        if not isinstance(data, Mapping) or column not in data:
+            has = list(data) if isinstance(data, Mapping) else [type(data).__name__]
+            raise _no_column(source, items.place(index), has)
+        yield data[column]
+
+
+def _no_column(source: TaggedSource, place: str, has: Iterable[Any]) -> EPMQInputError:
+    return bad_row(
+        place,
+        f"there is no `{source.expert_column}`, it has {listed(map(str, has))}",
+        "`expert_column`",
+        "Name the column that holds the experts' names.",
+    )

@@ -1,0 +1,147 @@
+"""Calibration as the command line gives it: ``name=SPEC`` per expert, or a file with the block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..calibration.rows import DATA_FREE
+from ..errors import EPMQInputError
+from ..io.options import parse_yaml, resolve_path
+from ..recipe import Recipe
+
+
+def parse_calibration(values: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
+    """``--calibration`` as the recipe's block; files as absolute paths.
+
+    Args:
+        values: ``name=SPEC`` each; or one alone, a YAML file with the whole block, or the block
+            itself in braces.
+        experts: the names that may be given.
+
+    Raises:
+        EPMQInputError: an unknown or repeated expert, or a file that is no block.
+    """
+    block: dict[str, Any] = {}
+    for value in values:
+        name, equals, source = value.partition("=")
+        is_block = value.lstrip().startswith("{")
+        if is_block or not equals:
+            if len(values) > 1:
+                raise _wrong("what gives all experts theirs goes alone", "Leave the others out.")
+            return _written(value, experts) if is_block else _read(Path(value), experts)
+        if name in block:
+            raise _wrong(f"`{name}` is given twice", "Keep one; `name=[a.jsonl, b.jsonl]` is both.")
+        _check_expert(name, experts)
+        block[name] = parse_source(name, source)
+    return block
+
+
+def _written(text: str, experts: Sequence[str]) -> dict[str, Any]:
+    try:
+        block = parse_yaml(text)
+    except EPMQInputError as error:
+        raise error.within("`--calibration`") from error
+    return _checked(block, Path.cwd(), "`{...}`", experts)
+
+
+def _read(file: Path, experts: Sequence[str]) -> dict[str, Any]:
+    file = resolve_path(str(file), Path())
+    try:
+        block = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise _wrong(
+            f"`{file.name}` cannot be read: {reason}", "Give name=FILE, or a YAML file."
+        ) from error
+    except EPMQInputError as error:
+        raise error.within(f"`--calibration {file.name}`") from error
+    return _checked(block, file.parent, f"`{file.name}`", experts)
+
+
+def _checked(block: Any, folder: Path, what: str, experts: Sequence[str]) -> dict[str, Any]:
+    if isinstance(block, Mapping) and set(block) == {"calibration"}:
+        block = block["calibration"]
+    if not isinstance(block, Mapping) or not all(isinstance(key, str) for key in block):
+        raise _wrong(f"{what} should map experts to sources", "Write it as in a recipe's block.")
+    if "expert_column" in block:
+        return dict(_absolute(dict(block), folder))
+    for name in block:
+        _check_expert(name, experts)
+    return {name: _absolute(source, folder) for name, source in block.items()}
+
+
+def _check_expert(name: str, experts: Sequence[str]) -> None:
+    if name not in experts:
+        raise EPMQInputError(
+            f"`--calibration`: `{name}` is not one of the experts "
+            f"{', '.join(f'`{expert}`' for expert in experts)}.",
+            code="EPMQ-F21",
+            subject="`--calibration`",
+            remedy="Use these names, or add the expert with `--expert`.",
+        )
+
+
+def _wrong(cause: str, remedy: str) -> EPMQInputError:
+    return EPMQInputError(
+        f"`--calibration`: {cause}.", code="EPMQ-O01", subject="`--calibration`", remedy=remedy
+    )
+
+
+def parse_source(name: str, value: str) -> Any:
+    """One expert's source: YAML in brackets, else a file or ``data_free``.
+
+    Raises:
+        EPMQInputError: it is empty, or not YAML.
+    """
+    value = value.strip()
+    if not value:
+        raise _wrong(f"`{name}` has no source", "Give a file.")
+    if value[0] not in "{[":
+        return _absolute(value, Path.cwd())
+    try:
+        return _absolute(parse_yaml(value), Path.cwd())
+    except EPMQInputError as error:
+        raise error.within(f"`--calibration {name}`") from error
+
+
+def _absolute(source: Any, folder: Path) -> Any:
+    """A source whose file is an absolute path."""
+    if isinstance(source, str) and source != DATA_FREE:
+        return str(resolve_path(source, folder).absolute())
+    if isinstance(source, Mapping) and isinstance(source.get("file"), str):
+        return {**source, "file": _absolute(source["file"], folder)}
+    if isinstance(source, list):
+        return [_absolute(item, folder) for item in source]
+    return source
+
+
+def check_source(name: str, value: str) -> Any:
+    """:func:`parse_source`, if it is one that a recipe takes and its file is there.
+
+    Raises:
+        EPMQInputError: it is not.
+    """
+    source = parse_source(name, value)
+    if source == DATA_FREE:
+        return source
+    Recipe.from_options({"merged": "m", "experts": {name: "e"}, "calibration": {name: source}})
+    for item in source if isinstance(source, list) else [source]:
+        file = item.get("file") if isinstance(item, Mapping) else item
+        if file is not None and not Path(file).is_file():
+            raise _wrong(f"there is no file `{Path(file).name}`", "Correct the path.")
+    return source
+
+
+def moved_source(source: Any, folder: Path) -> Any:
+    """A source as a file of ``folder`` writes it: what lies in it is relative."""
+    if isinstance(source, str) and source != DATA_FREE and Path(source).is_absolute():
+        path, folder = Path(source), folder.absolute()
+        return os.path.relpath(path, folder) if path.is_relative_to(folder) else source
+    if isinstance(source, Mapping) and isinstance(source.get("file"), str):
+        return {**source, "file": moved_source(source["file"], folder)}
+    if isinstance(source, list):
+        return [moved_source(item, folder) for item in source]
+    return source

@@ -1,0 +1,1 @@
+"""The side of GPTQModel: the only folder, beside evaluation, that imports it."""

@@ -1,0 +1,365 @@
+"""One linear layer: GPTQModel's GPTQ, given W* as its weight and H_E as its Hessian.
+
+``EPMQ.quantize`` is the host's own rounding; what is added is that nothing goes wrong quietly.
+"""
+
+from __future__ import annotations
+
+import time
+import types
+from typing import NamedTuple
+
+import torch
+import transformers
+from gptqmodel.looper.named_module import NamedModule
+from gptqmodel.quantization.config import FallbackStrategy
+from gptqmodel.quantization.gptq import GPTQ
+from gptqmodel.quantization.quantizer import Quantizer
+
+from ..errors import EPMQNumericalError
+from ..experts.experts import check_finite
+from ..kernels.factor import inverse_factor
+from ..method.chunks import ROOMS, forget_cached, is_out_of_memory, or_else, with_room
+from ..method.expert_error import Watch
+from ..method.statistics import Moments
+from ..method.target import gain
+from ..report import ModuleReport
+
+
+class BiasAim(NamedTuple):
+    """What a bias is fitted to: b − b_m is the mean of ``outputs / count`` less what Q gives.
+
+    Attributes:
+        outputs: ``(out,)`` Σ (T − b_m).
+        inputs: ``(d,)`` Σ x.
+        count: of tokens.
+    """
+
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+    count: float
+
+
+class Guard(NamedTuple):
+    """What the rounded target must not be worse than: the rounded merge, on held-out rows.
+
+    Attributes:
+        W_m: ``(out, d)`` fp32.
+        H_E: ``(d, d)`` the curvature of both roundings.
+        held_out: moments of rows that the target was chosen by.
+    """
+
+    W_m: torch.Tensor
+    H_E: torch.Tensor
+    held_out: Moments
+
+
+class EPMQ(GPTQ):
+    """One linear layer: the host's GPTQ, rounding W* with curvature H_E.
+
+    It counts nothing itself; :class:`EPMQProcessor` hands it the statistics of its input.
+    """
+
+    def __init__(self, module: NamedModule, qcfg, region_timer=None):
+        super().__init__(module=module, qcfg=qcfg, region_timer=region_timer)
+        self.full_name: str = module.full_name
+        # On the instance, for of a subclass the host would not use its CUDA kernel.
+        self.quantizer.find_params = types.MethodType(_find_params, self.quantizer)
+        self.alpha: float | str = qcfg.alpha_for(module.full_name)
+        self.refits_bias: bool = qcfg.bias_refit and getattr(self.module, "bias", None) is not None
+        # The host's fallback rounds W_m to nearest and says so in a log line at most. What cannot
+        # be done as asked is decided here, by `on_bad_module`.
+        self.routed_threshold = qcfg.fallback
+        self.fallback = None
+        self.bad: EPMQNumericalError | None = None  # why this layer cannot be rounded as asked
+        self.failure: EPMQNumericalError | None = None  # why the run must stop
+        self.report: ModuleReport | None = None
+        self._bias: BiasAim | None = None
+        self._guard: Guard | None = None
+        self._watch: Watch | None = None
+        # What waits on the CPU: W* and H where its device had no room to solve for them.
+        self._waiting: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tight = False  # the device may have no room for the rounding
+
+    def merged_weight(self, device: torch.device) -> torch.Tensor:
+        """``W_m: (out, in)`` fp32 on ``device``, a copy."""
+        return self.clone_module(device=device)
+
+    def expect(self, tokens: dict[str, int]) -> None:
+        """Start the report of this layer, which so many calibration tokens per expert reached."""
+        self.report = ModuleReport(
+            module=self.full_name,
+            bits=int(self.qcfg.bits),
+            group_size=int(self.qcfg.group_size),
+            alpha=None if isinstance(self.alpha, str) else self.alpha,
+            target="experts",
+            lam=0.0,
+            tokens=dict(tokens),
+            loss=None,
+            excess=None,
+            merge_excess=0.0,
+            seconds=0.0,
+        )
+
+    def aim(self, W_target: torch.Tensor, H_E: torch.Tensor, tokens: int) -> None:
+        """Set what is rounded: ``W_target: (out, d)`` with curvature ``H_E: (d, d)`` (copied)."""
+        # The host normalises its Hessian by 2/n and reports a loss per token.
+        self.H, self.module_copy = H_E * (2.0 / tokens), W_target
+        if self.H.device.type == "cpu" != self.module.weight.device.type:
+            # Left there for lack of room; the host wants its Hessian where the weight is.
+            self._waiting = self.module_copy, self.H
+            self.H = self.module_copy = None
+        self.nsamples = tokens
+        self._hessian_dirty = False
+
+    def aim_bias(self, W_m: torch.Tensor, moments: Moments) -> None:
+        """Fit the bias as well, once the weight is rounded; ``W_m: (out, d)`` and its moments."""
+        # Σ (T − b_m − Q x) = Σ (T − b_m − W_m x) + W_m s − Q s, so W_m need not be kept.
+        self._bias = BiasAim(moments.outputs + W_m @ moments.inputs, moments.inputs, moments.count)
+
+    def guard(self, W_m: torch.Tensor, H_E: torch.Tensor, held_out: Moments) -> None:
+        """Once the target is rounded, compare it with the rounded merge on the held-out rows."""
+        self._guard = Guard(W_m, H_E, held_out)
+
+    def watch(self, watch: Watch, W_target: torch.Tensor) -> None:
+        """Report how far the outputs lie from every expert's, now and once this is rounded."""
+        self.report.experts = watch.start(W_target)
+        self._watch = watch if self.report.experts else None
+
+    def _bias_shift(self, Q: torch.Tensor) -> torch.Tensor | None:
+        """b − b_m for the rounded weight, or None where the bias stays."""
+        if self._bias is None:
+            return None
+        shift = with_room(
+            lambda Q, aim: (aim.outputs - self._matrix(Q) @ aim.inputs) / aim.count, Q, self._bias
+        )
+        return shift.to(Q.device)
+
+    def _matrix(self, Q: torch.Tensor) -> torch.Tensor:
+        """A weight as the host returns it, as ``(out, d)`` fp32."""
+        return (Q.T if isinstance(self.module, transformers.Conv1D) else Q).float()
+
+    def _refit_bias(self, shift: torch.Tensor | None) -> None:
+        if shift is None:
+            return
+        bias = self.module.bias
+        before = bias.detach().to(shift)
+        moved = before + shift
+        # Stored in half precision, as scales are.
+        check_finite(moved.to(torch.float16), f"`{self.full_name}`: bias", module=self.full_name)
+        bias.data = moved.to(bias)
+        self.report.bias_shift = float(shift.norm())
+
+    def finalize_hessian(self, target_device: torch.device | None = None) -> torch.Tensor:
+        """H, where it lies: the host would take it to the layer's device, which has no room for it
+        where it was left on the CPU."""
+        return super().finalize_hessian(target_device) if self.H is None else self.H
+
+    def hessian_inverse(self, H: torch.Tensor):
+        """The factor that the host rounds with, and the damping that was added to H: none.
+
+        Half the work of the host's, and without its silent repairs of the diagonal.
+
+        Raises:
+            EPMQNumericalError: ``H`` is not positive definite as it stands.
+        """
+        factor = inverse_factor(H)
+        if factor is None:
+            raise self.not_positive_definite()
+        return factor, self.qcfg.damp_percent
+
+    def not_positive_definite(self) -> EPMQNumericalError:
+        """The error for a curvature that cannot be factorised as it stands."""
+        return EPMQNumericalError(
+            f"`{self.full_name}`: the curvature H + λI is not positive definite in fp32 at alpha="
+            f"{self.alpha if self.report.alpha is None else self.report.alpha}.",
+            module=self.full_name,
+            code="EPMQ-F30",
+            subject=f"module `{self.full_name}`",
+            remedy="Raise `alpha` (for this layer: `alpha_pattern`) or give more calibration rows.",
+        )
+
+    def no_input(self, tokens: int) -> EPMQNumericalError:
+        """The error for a layer whose calibration inputs are all zero, or none."""
+        return EPMQNumericalError(
+            f"`{self.full_name}`: every input is zero over {tokens} calibration tokens.",
+            module=self.full_name,
+            code="EPMQ-F31",
+            subject=f"module `{self.full_name}`",
+            remedy="Check the merged weights before it (a norm of zeros?), or leave the layer out "
+            "with `dynamic`.",
+        )
+
+    @torch.inference_mode()
+    def quantize(self, blocksize=128):
+        """Round as the host does; returns the host's eight values.
+
+        Never raises for bad numbers: it runs on one of the host's worker threads, where an
+        exception ends the whole process. What went wrong is left in ``failure``, or under
+        ``on_bad_module="rtn"`` in ``report``.
+        """
+        start = time.perf_counter()
+        # W* and its copy, Q, losses and what is left of W; H, its copy, permutation and factor.
+        size = 4 * (6 * self.rows * self.columns + 4 * self.columns**2)
+        with ROOMS.of(self.module.weight.device, size) as fits:
+            self._tight = not fits
+            result = self._quantized(blocksize)
+            self.report.rounded = self._matrix(result[0])[[0, -1]].half().cpu()
+        self.report.seconds += time.perf_counter() - start
+        return result
+
+    def _quantized(self, blocksize: int):
+        if self.bad is None:
+            try:
+                return self._round(blocksize)
+            except EPMQNumericalError as error:
+                self.bad = error
+        # Under "raise" too: it lets the host finish the layer until its main thread stops.
+        result = self._round_to_nearest(blocksize)
+        self.report.target, self.report.reason = "rtn", str(self.bad)
+        if self.qcfg.on_bad_module == "raise":
+            self.failure = self.bad
+        self._finish_watch(result[0], None)
+        return result
+
+    def _round(self, blocksize: int):
+        result = self._guarded(self._rounded(blocksize), blocksize)
+        shift = self._bias_shift(result[0])
+        self._finish_watch(result[0], shift)
+        self._refit_bias(shift)
+        self._bias = self._guard = None
+        return result
+
+    def _finish_watch(self, Q: torch.Tensor, shift: torch.Tensor | None) -> None:
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return
+
+        def finish(Q: torch.Tensor, shift: torch.Tensor | None) -> None:
+            watch.move_(Q.device)
+            watch.finish(self._matrix(Q), shift, self.report.experts)
+
+        with_room(finish, Q, shift)
+
+    def _rounded(self, blocksize: int):
+        """Round what is aimed at, and say in the report how well it went."""
+        tokens = self.nsamples
+        try:
+            result = self._rounded_by_host(blocksize)
+        except ValueError as error:
+            # With no fallback the host raises at a loss that is not a number.
+            raise EPMQNumericalError(
+                f"`{self.full_name}`: rounding gave a loss that is not a number "
+                f"({str(error).rstrip('.')}).",
+                module=self.full_name,
+                code="EPMQ-N01",
+                subject=f"module `{self.full_name}`",
+                remedy="Raise `alpha`, or leave the layer out with `dynamic`.",
+            ) from error
+        Q, scale, _, _, _, loss, _, _ = result
+        self._check_scales(scale)
+        check_finite(Q, f"`{self.full_name}`: rounded weight", module=self.full_name)
+        # Σ Losses is ½ tr[(Q − W*) (2/n) H_E (Q − W*)ᵀ], and the host divides it by n once more.
+        self.report.loss = float(loss)
+        self.report.excess = float(loss) * tokens * tokens
+        return result
+
+    def _rounded_by_host(self, blocksize: int):
+        """The host's own rounding; on the CPU where its device has no room for it."""
+        if self._waiting is not None:
+            (self.module_copy, self.H), self._waiting = self._waiting, None
+            self._disable_shared_hessian_cache()
+        spare = self._spare()
+        try:
+            return super().quantize(blocksize=blocksize)
+        except Exception as error:
+            if spare is None or not is_out_of_memory(error):
+                raise
+        self.module_copy, self.H = (tensor.cpu() for tensor in spare)
+        del spare
+        forget_cached()
+        self._disable_shared_hessian_cache()
+        return super().quantize(blocksize=blocksize)
+
+    def _spare(self) -> list[torch.Tensor] | None:
+        """Copies of W* and H, to both of which the host writes; None where no device comes after.
+
+        They stay on the device where they are known to fit beside the rounding.
+        """
+        aim = self.module_copy, self.H
+
+        def on_cpu() -> list[torch.Tensor]:
+            return [tensor.to("cpu", copy=True) for tensor in aim]
+
+        if self._tight:
+            return on_cpu()
+        if self.H.device.type == "cpu":
+            return None
+        return or_else(lambda: [tensor.clone() for tensor in aim], on_cpu)
+
+    def _guarded(self, result: tuple, blocksize: int) -> tuple:
+        """``result``, or the rounded merge where that is better on the held-out rows."""
+        if self._guard is None:
+            return result
+        guard = self._guard
+        ours = self._gain(result[0], self._bias_shift(result[0]), guard)
+        self.report.held_out_gain = ours
+        if ours >= 0:  # better than even the merge that is not rounded
+            return result
+        numbers = self.report.loss, self.report.excess
+        # Of a copy, for the host works on what it is given.
+        with_room(lambda W, H: self.aim(W.clone(), H, self.nsamples), guard.W_m, guard.H_E)
+        plain = self._rounded(blocksize)
+        theirs = self._gain(plain[0], None, guard)
+        if theirs <= ours:
+            self.report.loss, self.report.excess = numbers
+            return result
+        self.report.held_out_gain, self._bias = theirs, None
+        self.report.target = "merged"
+        self.report.reason = "rounded, its target was worse on the held-out rows"
+        return plain
+
+    def _gain(self, Q: torch.Tensor, shift: torch.Tensor | None, guard: Guard) -> float:
+        """Of a rounded weight over the merge, on the held-out rows."""
+        return with_room(
+            lambda Q, shift, W_m, held_out: gain(self._matrix(Q) - W_m, shift, held_out),
+            *(Q, shift, guard.W_m, guard.held_out),
+        )
+
+    def _round_to_nearest(self, blocksize: int):
+        self.H = None
+        self.module_copy = None
+        device = torch.device(self.module.weight.device)
+        result = self._fallback_quantize(FallbackStrategy.RTN, blocksize, target_device=device)
+        try:
+            self._check_scales(result[1])
+        except EPMQNumericalError as error:
+            self.failure = error
+        return result
+
+    def _check_scales(self, scale: torch.Tensor) -> None:
+        # Scales are stored in half precision: what overflows there is lost on disk.
+        half = scale.to(torch.float16)
+        check_finite(half, f"`{self.full_name}`: scales", module=self.full_name)
+        zeros = int((half == 0).sum())
+        if zeros:
+            raise EPMQNumericalError(
+                f"`{self.full_name}`: {zeros} scales are 0 in half precision.",
+                module=self.full_name,
+                code="EPMQ-N01",
+                subject=f"module `{self.full_name}`",
+                remedy="Its weights are next to nothing: leave the layer out with `dynamic`.",
+            )
+
+
+def _find_params(quantizer: Quantizer, x: torch.Tensor, weight: bool = False) -> None:
+    """The host's choice of a scale and a zero, where both survive half precision.
+
+    It gives a group of zeros the range −1 to 1. One of weights so small that their scale is 0 on
+    disk, or at once (0 / 0 then makes NaN of them), gets the same: they are rounded to 0.
+    """
+    Quantizer.find_params(quantizer, x, weight=weight)
+    lost = quantizer.scale.to(torch.float16) == 0
+    quantizer.scale = quantizer.scale.masked_fill(lost, 1.0)
+    if not quantizer.qcfg.sym:
+        quantizer.zero = quantizer.zero.masked_fill(lost, 0.0)

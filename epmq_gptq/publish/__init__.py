@@ -1,0 +1,1 @@
+"""What a finished checkpoint is shown with: model card, upload, report page."""

@@ -1,0 +1,139 @@
+"""Shell completion: scripts for three shells, the right names, and quickly."""
+
+import dataclasses
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from epmq_gptq.commands import completion
+
+ROOT = Path(__file__).parents[2]
+
+
+def shell(arguments: list[str], code: str = "", **variables: str) -> subprocess.CompletedProcess:
+    """The command under its own name, as the installed script runs it."""
+    program = "import sys; sys.argv[0] = 'epmq-gptq'; from epmq_gptq.cli import main; main()" + code
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+def complete(words: str) -> list[str]:
+    """What bash is offered for the last word."""
+    parts = words.split(" ")
+    done = shell(
+        [],
+        _EPMQ_GPTQ_COMPLETE="complete_bash",
+        COMP_WORDS=words,
+        COMP_CWORD=str(len(parts) - 1),
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_there_is_a_script_for_every_shell(name):
+    done = shell(["--show-completion", name], _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert done.returncode == 0, done.stderr
+    assert f"_EPMQ_GPTQ_COMPLETE=complete_{name}" in done.stdout
+    if name == "bash":
+        checked = subprocess.run(["bash", "-n"], input=done.stdout, text=True, capture_output=True)
+        assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_itself_completes(tmp_path):
+    """The script that was shown, sourced by a bash, which then asks for completions."""
+    script = shell(
+        ["--show-completion", "bash"], _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
+    ).stdout
+    function = next(line for line in script.splitlines() if line.startswith("complete ")).split()
+    name = function[function.index("-F") + 1]
+    program = tmp_path / "epmq-gptq"
+    program.write_text(f"#!{sys.executable}\nimport sys\nfrom epmq_gptq.cli import main\nmain()\n")
+    program.chmod(0o755)
+    ask = (
+        f"{script}\nCOMP_WORDS=(epmq-gptq merge --method reg); COMP_CWORD=3; {name} epmq-gptq\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", ask],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": path},
+    )
+    assert done.stdout.split() == ["regmean", "regmean_plusplus"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("epmq-gptq me", ["merge", "methods"]),
+        ("epmq-gptq merge --method ties", ["ties", "ties_per_tensor"]),
+        ("epmq-gptq evaluate m --suite v", ["vision8"]),
+        ("epmq-gptq evaluate m --split h", ["held_out"]),
+        ("epmq-gptq inspect r.yaml --verify ", ["headers", "sample", "full"]),
+        ("epmq-gptq quantize m --dtype fl", ["float32", "float16"]),
+        ("epmq-gptq quantize m --device c", ["cpu", "cuda"]),
+        ("epmq-gptq quantize m --set pro", ["profile="]),
+        ("epmq-gptq explain EPMQ-S", ["EPMQ-S01", "EPMQ-S02"]),
+        ("epmq-gptq demo --method wu", ["wudi"]),
+    ],
+)
+def test_names_are_offered(words, offered):
+    assert complete(words) == offered
+
+
+def test_values_of_a_setting_are_offered():
+    assert completion.settings("profile=") == ["profile=best", "profile=paper", "profile=gptq"]
+    assert completion.settings("weighting=t") == ["weighting=token", "weighting=trace"]
+    assert completion.settings("nothing=") == []
+    assert completion.codes("f3")[0] == "EPMQ-F30" and completion.codes("zz") == []
+
+
+def test_completion_is_quick_and_light():
+    seconds = []
+    for _ in range(4):
+        # Not by the clock of the wall: what else the machine does is not ours to test.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert complete("epmq-gptq merge --method a") == ["average"]
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
+    code = (
+        "import sys, epmq_gptq.cli\n"
+        "heavy = {'torch', 'gptqmodel', 'transformers', 'numpy',"
+        " 'yaml', 'epmq_gptq.calibration.tokens'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_names_are_those_of_the_registries():
+    from epmq_gptq.checks.check import VERIFY
+    from epmq_gptq.commands.pipeline import DEVICES
+    from epmq_gptq.config import EPMQConfig
+    from epmq_gptq.merging import merge_methods
+    from epmq_gptq.method.target import ANCHORS
+    from epmq_gptq.method.weighting import WEIGHTINGS
+    from epmq_gptq.recipe import DTYPES
+    from epmq_gptq.suites import SPLITS, SUITES
+
+    assert tuple(merge_methods()) == completion.MERGE_METHODS
+    assert SUITES == completion.SUITES and set(SPLITS) >= set(completion.SPLITS)
+    assert DEVICES == completion.DEVICES and DTYPES == completion.DTYPES
+    assert tuple(VERIFY) == completion.VERIFY
+    assert set(completion.SETTINGS) <= {each.name for each in dataclasses.fields(EPMQConfig)}
+    assert completion.SETTINGS["anchor"] == ANCHORS
+    assert completion.SETTINGS["weighting"] == WEIGHTINGS
