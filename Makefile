@@ -25,7 +25,7 @@ help:
 	@echo "make docs          the pages of docs/ as a site in out/docs; every link is checked"
 	@echo "make bench-speed   time and memory against stock GPTQModel (40 minutes)"
 	@echo "make bench-ablation which part of E-PMQ pays: suites, mergers, bits, seeds (an hour)"
-	@echo "make bench-quality the quality tables of the three suites (CSV, Markdown, README)"
+	@echo "make bench-quality the quality tables of the three suites (CSV, Markdown, docs/quality.md)"
 
 venv: $(READY)
 
@@ -80,10 +80,10 @@ bench-speed: venv
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 bench-quality: venv
-	$(BIN)/python benchmarks/quality.py --refresh README.md $(ARGS)
+	$(BIN)/python benchmarks/quality.py --refresh docs/quality.md $(ARGS)
 
 bench-ablation: venv
-	$(BIN)/python benchmarks/ablation.py --refresh docs/method.md --refresh README.md $(ARGS)
+	$(BIN)/python benchmarks/ablation.py --refresh docs/method.md --refresh docs/quality.md $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-serving build dist *.egg-info .pytest_cache .ruff_cache
