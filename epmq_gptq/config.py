@@ -24,7 +24,8 @@ from .config_checks import (
 )
 from .config_files import CONFIG_VERSION, known_options, options_of, parsed
 from .errors import EPMQInputError
-from .io.options import bad_option, is_count, parse_json, parse_yaml, write_yaml
+from .io.declared import bad_option, is_count
+from .io.yaml_files import parse_json, parse_yaml, write_yaml
 from .method.target import ANCHORS
 from .method.weighting import WEIGHTINGS
 from .profiles import PROFILES

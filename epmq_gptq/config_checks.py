@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import EPMQInputError
 from .experts.in_memory import InMemoryExpert, in_memory, is_in_memory
-from .io.options import bad_option, closest, shown
+from .io.declared import bad_option, closest, shown
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 # What the host's kernels pack and run.

@@ -12,7 +12,7 @@ import torch
 
 from .errors import EPMQInputError
 from .experts.in_memory import InMemoryExpert
-from .io.options import bad_option, closest
+from .io.declared import bad_option, closest
 
 CONFIG_VERSION = 1
 

@@ -14,21 +14,10 @@ from typing import TYPE_CHECKING, Any
 from .calibration.names import CalibrationBlock, recipe_calibration
 from .calibration.rows import DATA_FREE, RowSource, TaggedSource, is_seed, is_word
 from .errors import EPMQInputError
+from .io.declared import bad_option, is_count, shown
 from .io.hub import parse_hub_id
-from .io.options import (
-    bad_option,
-    documented,
-    exists,
-    from_mapping,
-    is_count,
-    option,
-    parse_json,
-    parse_yaml,
-    resolve_path,
-    shown,
-    to_mapping,
-    write_yaml,
-)
+from .io.options import documented, from_mapping, option, to_mapping
+from .io.yaml_files import exists, parse_json, parse_yaml, resolve_path, write_yaml
 
 if TYPE_CHECKING:
     from .config import EPMQConfig

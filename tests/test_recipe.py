@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from epmq_gptq.calibration.rows import RowSource, TaggedSource
 from epmq_gptq.errors import EPMQInputError
-from epmq_gptq.io.options import parse_yaml
+from epmq_gptq.io.yaml_files import parse_yaml
 from epmq_gptq.recipe import MergeStep, Recipe, recipe_help
 
 MINIMAL = {"merged": "merged", "experts": {"a": "ea"}, "calibration": {"a": "a.txt"}}

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..errors import EPMQWarning
 from ..io.console import Reporter
-from ..io.options import resolve_path
+from ..io.yaml_files import resolve_path
 
 # Of a table in a notebook, whose cells scroll; `str()` of a result has it, too.
 _WIDTH = 160

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import EPMQInputError
-from ..io.options import bad_option, is_count
+from ..io.declared import bad_option, is_count
 from .inputs import Rules, folder_rules
 from .row_forms import TEXT
 from .row_sets import read_calibration

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..io.options import shown
+from ..io.declared import shown
 from .row_checks import Row, bad_row, picked
 
 IMAGE_KINDS = ("image", "pixel_values")

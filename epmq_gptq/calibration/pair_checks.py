@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..io.options import shown
+from ..io.declared import shown
 from .row_checks import Row, are_ids, bad_row, flat, picked, row_of
 
 # What a source-and-target model answers with, by what it is asked with.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import EPMQInputError
-from ..io.options import shown
+from ..io.declared import shown
 
 KINDS = ("text", "messages", "input_ids")
 

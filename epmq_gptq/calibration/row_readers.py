@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EPMQInputError
-from ..io.options import exists, resolve_path, shown
+from ..io.declared import shown
+from ..io.yaml_files import exists, resolve_path
 from .row_checks import Row, are_ids, bad_row
 from .row_forms import TEXT, RowForm
 from .rows import JSON_LINES, OTHER_FORMATS, PARQUET, RowSource, TaggedSource, public_path

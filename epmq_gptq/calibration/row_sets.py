@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EPMQInputError
-from ..io.options import bad_option, from_mapping, is_count, shown
+from ..io.declared import bad_option, is_count, shown
+from ..io.options import from_mapping
 from .names import check_data_free, check_some_rows, experts_with_rows, given_sources, listed
 from .row_checks import Row, bad_row
 from .row_forms import TEXT, RowForm

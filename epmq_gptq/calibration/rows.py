@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EPMQInputError
-from ..io.options import bad_option, from_mapping, is_count, option, shown
+from ..io.declared import bad_option, is_count, shown
+from ..io.options import from_mapping, option
 
 # In place of an expert's rows: it has none, and its Gram comes from its task vector.
 DATA_FREE = "data_free"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..calibration.rows import DATA_FREE
 from ..errors import EPMQInputError
-from ..io.options import parse_yaml, resolve_path
+from ..io.yaml_files import parse_yaml, resolve_path
 from ..recipe import Recipe
 
 

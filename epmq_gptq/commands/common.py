@@ -255,7 +255,7 @@ def pairs(values: list[str], option: str) -> dict[str, str]:
 
 def values(values: list[str], option: str) -> dict[str, Any]:
     """``key=value`` options as a dict; values are read as YAML."""
-    from ..io.options import parse_yaml
+    from ..io.yaml_files import parse_yaml
 
     result = {}
     for key, value in pairs(values, option).items():
@@ -272,7 +272,7 @@ def place(path: Path) -> Path:
     Raises:
         EPMQInputError: it starts in the home of a user that this machine does not know.
     """
-    from ..io.options import resolve_path
+    from ..io.yaml_files import resolve_path
 
     return resolve_path(str(path), Path())
 

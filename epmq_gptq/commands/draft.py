@@ -12,8 +12,9 @@ from typing import Any
 
 from ..calibration.rows import is_word
 from ..errors import EPMQInputError, EPMQWarning
+from ..io.declared import shown
 from ..io.hub import fetch, local_folder, parse_hub_id
-from ..io.options import shown, write_yaml
+from ..io.yaml_files import write_yaml
 from ..merging.lineage.facts import Lineage, is_local, published, refusal
 from ..merging.lineage.read import LINEAGE_FILES, read_lineage
 from ..recipe import RECIPE_VERSION, Recipe

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import CODES, EPMQInputError
-from ..io.options import closest
+from ..io.declared import closest
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..calibration.row_sets import RowSet, read_calibration
 from ..calibration.tokens import EncodedCalibration, RowCounts
 from ..errors import EPMQError, EPMQInputError
 from ..io.console import Reporter, StepProgress
-from ..io.options import resolve_path
+from ..io.yaml_files import resolve_path
 from ..merging.lineage.facts import plain, published
 from ..recipe import Recipe
 from .places import check_free, check_places, pinned

@@ -19,8 +19,8 @@ import torch
 from ..errors import EPMQInputError
 from ..io.checkpoints import Checkpoint
 from ..io.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_refusal, list_folder, read_json
-from ..io.options import exists
 from ..io.state_dicts import StateDict
+from ..io.yaml_files import exists
 from .linears import Linear, StoredWeight, piece, resolve
 
 _PREFIX = "base_model.model."

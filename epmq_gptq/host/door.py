@@ -30,7 +30,7 @@ from ..config import EPMQConfig
 from ..errors import EPMQHostError, EPMQInputError
 from ..io.checkpoints import Checkpoint, check_folder, resolve_source
 from ..io.hub import parse_hub_id
-from ..io.options import exists
+from ..io.yaml_files import exists
 from ..publish.push import push_model
 from .definitions import register
 from .loop import quantize_with_experts

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EPMQInputError
+from ..io.declared import bad_option
 from ..io.folders import CARD_NAME, reason_of
-from ..io.options import bad_option
 from .card_facts import Facts, mapping, read_facts
 from .card_loading import PLACEHOLDER, loading
 from .card_sections import introduction, licence, limits, lineage, quantization, regret, retention

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..errors import EPMQInputError
 from ..io.folders import CARD_NAME, check_file
 from ..io.hub import COMMIT, parse_hub_id
-from ..io.options import parse_yaml
+from ..io.yaml_files import parse_yaml
 
 # Cards have a few thousand bytes.
 _MAX_BYTES = 1_000_000

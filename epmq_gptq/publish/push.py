@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import EPMQError, EPMQInputError, EPMQWarning
 from ..io.console import Reporter, StepProgress
+from ..io.declared import bad_option
 from ..io.folders import CARD_NAME, read_json, reason_of
 from ..io.hub import COMMIT
-from ..io.options import bad_option
 from .card import check_repo_id
 from .upload_plan import UploadFile, UploadPlan, plan_upload
 

@@ -12,7 +12,7 @@ from ...calibration.inputs import input_rules
 from ...calibration.pair_rows import PairRow, PairRules
 from ...calibration.row_sets import read_calibration
 from ...errors import EPMQInputError
-from ...io.options import bad_option, is_count
+from ...io.declared import bad_option, is_count
 
 _NAME = "calibration"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EPMQInputError
-from ...io.options import resolve_path
+from ...io.yaml_files import resolve_path
 
 if TYPE_CHECKING:
     from ...io.console import Reporter

@@ -14,8 +14,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ...errors import EPMQInputError
+from ...io.declared import shown
 from ...io.hub import parse_hub_id
-from ...io.options import shown
 
 # Far above any merge in use; a YAML alias can make a few bytes look like gigabytes.
 _MAX_VALUES = 10_000

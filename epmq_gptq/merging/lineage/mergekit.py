@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...io.options import shown
+from ...io.declared import shown
 from .facts import (
     MAX_EXPERTS,
     Lineage,

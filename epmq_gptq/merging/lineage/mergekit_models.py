@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...io.options import shown
+from ...io.declared import shown
 from .facts import MAX_EXPERTS, refusal, text
 
 NO_EXPERTS = (

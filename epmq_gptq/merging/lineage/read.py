@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EPMQInputError
+from ...io.declared import shown
 from ...io.folders import list_folder, reason_of
-from ...io.options import parse_yaml, shown
+from ...io.yaml_files import parse_yaml
 from .facts import MAX_EXPERTS, Lineage, expert_names, number, plain, refusal, text
 from .mergekit import is_mergekit, mergekit_lineage
 
