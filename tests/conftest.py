@@ -1,13 +1,17 @@
 """Settings that must be made before torch and GPTQModel are imported."""
 
 import atexit
+import gc
 import os
 import shutil
+import sys
 import tempfile
 
 # One OpenMP thread: two make the column loop of the rounding up to 10x slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# GPTQModel compiles its torch kernel anew for every model that is loaded; that costs a second each.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Hypothesis keeps tables of Unicode; not in the checkout.
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp(prefix="epmq-hypothesis-")
 
@@ -15,6 +19,8 @@ import hypothesis
 import pytest
 import torch
 
+# GPTQModel's logger searches the whole path for IPython with every line that it draws.
+sys.modules.setdefault("IPython", None)
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels are interpreted on CPUs
@@ -25,6 +31,12 @@ atexit.register(shutil.rmtree, os.environ["HYPOTHESIS_STORAGE_DIRECTORY"], ignor
 hypothesis.settings.register_profile("search", deadline=None, database=None)
 hypothesis.settings.register_profile("same", deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+def pytest_collection_finish():
+    """GPTQModel and accelerate collect garbage several times a run: not among what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
