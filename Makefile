@@ -21,7 +21,7 @@ help:
 	@echo "make test-faults   kills, full disks, bad numbers, by real means (docs/reliability.md)"
 	@echo "make test-gpu      kernels, resuming and lack of memory on a GPU"
 	@echo "make fuzz          strangers' files, mutated at random, for about 5 minutes (FUZZ_EXAMPLES=400)"
-	@echo "make lint          ruff"
+	@echo "make lint          ruff, and which folder may import which"
 	@echo "make docs          the pages of docs/ as a site in out/docs; every link is checked"
 	@echo "make bench-speed   time and memory against stock GPTQModel (40 minutes)"
 	@echo "make bench-ablation which part of E-PMQ pays: suites, mergers, bits, seeds (an hour)"
@@ -44,6 +44,7 @@ test: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 format: venv
 	$(BIN)/ruff check --fix .
