@@ -346,8 +346,8 @@ def inspect(
         EPMQInputError: the target cannot be read. What is wrong with a run is in the result.
     """
     with session(progress) as reporter, reporter.quiet_host():
-        from ..checks.inspection import Subject
-        from ..checks.inspection import inspect as inspect_subject
+        from ..commands.inspection import Subject
+        from ..commands.inspection import inspect as inspect_subject
 
         given = _given(experts, base, settings, None, None)
         read = _read(target, given, calibration, reporter)

@@ -77,9 +77,9 @@ def inspect(
             quantize=values(setting or [], "--set"),
         )
         with run.reporter.quiet_host():
-            from ..checks.inspection import inspect as inspect_subject
-            from ..checks.inspection import read_subject
             from ..checks.table import print_preflight
+            from .inspection import inspect as inspect_subject
+            from .inspection import read_subject
 
             subject = read_subject(target, given, run.reporter)
             result = inspect_subject(subject, verify=verify, device=device)

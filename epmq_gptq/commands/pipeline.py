@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.row_forms import RowForm, form_of
 from ..calibration.row_sets import RowSet, read_calibration
 from ..calibration.tokens import EncodedCalibration, RowCounts
-from ..errors import EPMQError, EPMQInputError
+from ..errors import EPMQInputError
+from ..host import loading
 from ..io.console import Reporter, StepProgress
 from ..io.yaml_files import resolve_path
 from ..merging.lineage.facts import plain, published
@@ -25,8 +26,6 @@ from .places import check_free, check_places, pinned
 if TYPE_CHECKING:
     from ..experts.linears import Linear
     from ..report import QuantizationReport
-
-DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
     # It goes into a JSON file at the end of the run, which may be published.
     lineage = published(plain(recipe.lineage, "`lineage`"))
     with reporter.quiet_host():
-        device = choose_device(options.device)
+        device = loading.choose_device(options.device)
         check_method(recipe)
         recipe = pinned(recipe, reporter)
         resume = None if options.resume is None else options.resume.absolute()
@@ -107,7 +106,7 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
             _merged_folder(recipe, out, options, device, reporter) as merged,
         ):
             reporter.step("load", f"{merged.name} on {device}")
-            model = load_merged(merged, config, recipe.dtype, device)
+            model = loading.load_merged(merged, config, recipe.dtype, device)
             rows = _encoded(model, sets)
             from ..io.phases import exact_phases
 
@@ -148,36 +147,6 @@ def _without_rows(block: dict[str, Any]) -> dict[str, Any]:
         name: [public(source) for source in each] if isinstance(each, list) else each
         for name, each in block.items()
     }
-
-
-def choose_device(wanted: str | None) -> str:
-    """The device of a run: what is asked for, else a GPU where there is one.
-
-    Raises:
-        EPMQInputError: another kind of device, or a GPU where torch sees none.
-    """
-    import torch
-
-    if wanted is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = wanted.partition(":")[0]
-    if kind not in DEVICES:
-        raise _no_device(f"should be one of {', '.join(DEVICES)}, got `{wanted}`")
-    if kind == "cpu":
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise _no_device("is `cuda`, but torch sees no GPU here", "Use `--device cpu`.")
-    number = wanted.removeprefix("cuda").removeprefix(":") or "0"
-    if not number.isdecimal() or int(number) >= torch.cuda.device_count():
-        seen = torch.cuda.device_count()
-        raise _no_device(f"should be one of the {seen} GPUs that torch sees, got `{wanted}`")
-    return wanted
-
-
-def _no_device(cause: str, remedy: str = "Leave it out for a GPU where there is one.") -> EPMQError:
-    return EPMQInputError(
-        f"`--device` {cause}.", code="EPMQ-O01", subject="`--device`", remedy=remedy
-    )
 
 
 def recipe_form(recipe: Recipe) -> RowForm:
@@ -299,33 +268,6 @@ def merge_with_progress(reporter: Reporter, method: str, **arguments: Any):
 
 
 # ---- model -------------------------------------------------------------------------------------
-
-
-def load_merged(merged: Path, config, dtype: str | None, device: str):
-    """The host's model of a merged checkpoint; its layers' weights stay on disk until their turn.
-
-    Raises:
-        EPMQInputError: the host refuses the model or an option.
-    """
-    import torch
-    from gptqmodel import GPTQModel
-
-    if dtype is None and device == "cpu":
-        # The host would take bfloat16, 15 to 75 times slower on CPUs without AVX512-BF16.
-        dtype = "float32"
-    options = {} if dtype in (None, "auto") else {"dtype": getattr(torch, dtype)}
-    try:
-        return GPTQModel.load(str(merged), config, device=device, **options)
-    except EPMQInputError:
-        raise
-    except (ValueError, TypeError, NotImplementedError) as error:
-        # What the host refuses here is an option, or a model that it does not know.
-        raise EPMQInputError(
-            f"GPTQModel cannot load `{merged.name}` with these options: {str(error).rstrip('.')}.",
-            code="EPMQ-F38",
-            subject=f"`{merged.name}`",
-            remedy="Its documentation lists the architectures and options that it supports.",
-        ) from error
 
 
 def _encoded(model, sets: Mapping[str, list[RowSet]]) -> EncodedCalibration:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from epmq_gptq import EPMQError, EPMQNumericalError, __version__, cli
 from epmq_gptq.commands import pipeline
+from epmq_gptq.host import loading
 
 ROOT = Path(__file__).parents[2]
 PARTS = dict(code="EPMQ-S01", subject="it", remedy="Do.")
@@ -173,7 +174,7 @@ def test_a_kept_merge_stays_and_is_not_overwritten(recipe, tmp_path, monkeypatch
     def stop(*_):
         raise EPMQError("stop after the merge.", **PARTS)
 
-    monkeypatch.setattr(pipeline, "load_merged", stop)
+    monkeypatch.setattr(loading, "load_merged", stop)
     assert run("quantize", path, "--out", tmp_path / "out").exit_code == 1
     assert (tmp_path / "kept" / "epmq_merge.json").is_file()
     again = run("quantize", path, "--out", tmp_path / "out")
@@ -192,7 +193,7 @@ def test_a_temporary_merge_is_gone_after_a_failure(recipe, tmp_path, monkeypatch
         assert merged.is_dir()
         raise EPMQError("stop after the merge.", **PARTS)
 
-    monkeypatch.setattr(pipeline, "load_merged", stop)
+    monkeypatch.setattr(loading, "load_merged", stop)
     path = recipe(merged=None, merge={"method": "average"})
     assert run("quantize", path, "--out", tmp_path / "out").exit_code == 1
     assert not [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")]
@@ -203,7 +204,7 @@ def no_model(monkeypatch):
     def load(*_):
         raise AssertionError("the model was loaded before the options were checked")
 
-    monkeypatch.setattr(pipeline, "load_merged", load)
+    monkeypatch.setattr(loading, "load_merged", load)
 
 
 @pytest.mark.parametrize(
@@ -280,13 +281,13 @@ def test_places_that_no_machine_has_are_refused(recipe, tmp_path, monkeypatch, n
 
 
 def test_a_device_is_one_that_is_there(monkeypatch):
-    assert pipeline.choose_device("cpu:0") == "cpu"  # where float32 is the default
+    assert loading.choose_device("cpu:0") == "cpu"  # where float32 is the default
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [pipeline.choose_device(each) for each in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    assert [loading.choose_device(each) for each in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
     for wrong in ("cuda:2", "cuda:x", "cuda1x", "gpu"):
         with pytest.raises(EPMQError, match="`--device` should be"):
-            pipeline.choose_device(wrong)
+            loading.choose_device(wrong)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -456,7 +457,7 @@ def test_a_run_that_fails_late_leaves_no_folder(recipe, tmp_path, monkeypatch):
     def stop(*_):
         raise EPMQError("stop after the merge.", **PARTS)
 
-    monkeypatch.setattr(pipeline, "load_merged", stop)
+    monkeypatch.setattr(loading, "load_merged", stop)
     path = recipe(merged=None, merge={"method": "average"})
     assert run("quantize", path, "--out", tmp_path / "new" / "deep" / "out").exit_code == 1
     assert not (tmp_path / "new").exists()

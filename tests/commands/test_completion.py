@@ -122,8 +122,8 @@ def test_completion_is_quick_and_light():
 
 def test_the_names_are_those_of_the_registries():
     from epmq_gptq.checks.check import VERIFY
-    from epmq_gptq.commands.pipeline import DEVICES
     from epmq_gptq.config import EPMQConfig
+    from epmq_gptq.host.loading import DEVICES
     from epmq_gptq.merging import merge_methods
     from epmq_gptq.method.target import ANCHORS
     from epmq_gptq.method.weighting import WEIGHTINGS

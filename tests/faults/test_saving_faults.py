@@ -187,8 +187,9 @@ def test_a_kill_after_a_temporary_merge(models, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     script = (
         "import os, signal, sys\n"
-        "from epmq_gptq import cli, pipeline\n"
-        "pipeline.load_merged = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from epmq_gptq import cli\n"
+        "from epmq_gptq.host import loading\n"
+        "loading.load_merged = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "sys.argv = ['epmq-gptq', 'quantize', 'recipe.json', '--out', 'out']\n"
         "cli.main()\n"
     )

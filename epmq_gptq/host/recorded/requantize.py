@@ -11,6 +11,7 @@ from ...config import EPMQConfig
 from ...errors import EPMQInputError, EPMQWarning
 from ...io.checkpoints import Checkpoint
 from ...io.hub import parse_hub_id
+from .. import loading
 from .bundle import Bundle
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ def requantize(
         EPMQInputError: an option cannot be changed, or merge and statistics do not belong together.
         EPMQNumericalError: as of ``quantize``.
     """
-    from ...commands.pipeline import choose_device, load_merged
     from ..door import install, merged_folder
 
     install()
@@ -76,7 +76,7 @@ def requantize(
     folder = merged_folder(merged)
     check_merge(bundle, folder)
     dtype = dtype or bundle.index.get("dtype", "float32")
-    model = load_merged(folder, config, dtype, choose_device(device))
+    model = loading.load_merged(folder, config, dtype, loading.choose_device(device))
     model.subset_callback = progress
     try:
         model.quantize(bundle)

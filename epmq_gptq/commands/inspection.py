@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..checks.check import check_verify
+from ..checks.findings import Finding, Preflight
 from ..errors import EPMQError
-from .check import check_verify
-from .findings import Finding, Preflight
+from ..host import loading
 
 if TYPE_CHECKING:
-    from ..commands.draft import Draft, Given
     from ..io.console import Reporter
     from ..recipe import Recipe
+    from .draft import Draft, Given
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ class Subject:
 
         def read() -> Mapping[str, Any]:
             from ..calibration.row_sets import read_calibration
-            from ..commands.pipeline import recipe_form
+            from .pipeline import recipe_form
 
             return read_calibration(
                 recipe.calibration,
@@ -123,7 +124,7 @@ class Subject:
 
 def _method(recipe: Recipe) -> Iterator[Finding]:
     """What a run would refuse before it merges."""
-    from ..commands.pipeline import check_method
+    from .pipeline import check_method
 
     try:
         check_method(recipe)
@@ -142,8 +143,8 @@ def read_subject(target: str, given: Given, reporter: Reporter) -> Subject:
     Raises:
         EPMQInputError: the target cannot be read, or an option does not go with it.
     """
-    from ..commands.targets import is_recipe, read_merge, refuse_given
     from ..recipe import Recipe
+    from .targets import is_recipe, read_merge, refuse_given
 
     if not is_recipe(target):
         return Subject.of_draft(read_merge(target, given, reporter))
@@ -180,10 +181,9 @@ def inspect(subject: Subject, *, verify: str = "sample", device: str | None = No
     """
     check_verify(verify)
     from .. import EPMQConfig
-    from ..commands.pipeline import choose_device
     from ..host.door import merged_folder
 
-    device = choose_device(device)
+    device = loading.choose_device(device)
     attempt = _Attempts(subject.findings)
     rows = attempt(subject.read_rows) if subject.read_rows is not None else None
     options = {**subject.options, "experts": dict(subject.experts)}
@@ -238,12 +238,11 @@ def _compare(
     attempt: _Attempts,
 ) -> Preflight:
     from ..calibration.inputs import input_rules
-    from ..commands.pipeline import load_merged
+    from ..checks.runs import check_run
     from ..host.model_linears import check_architecture, quantizable_linears
     from ..io.checkpoints import Checkpoint
-    from .runs import check_run
 
-    model = attempt(lambda: load_merged(folder, config, dtype, device))
+    model = attempt(lambda: loading.load_merged(folder, config, dtype, device))
     if model is None:
         return Preflight(verify=verify)
     linears = attempt(lambda: check_architecture(model) or list(quantizable_linears(model)))

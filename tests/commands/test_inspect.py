@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQConfig, cli
-from epmq_gptq.checks.inspection import Subject, inspect
 from epmq_gptq.checks.runs import run_preflight
+from epmq_gptq.commands.inspection import Subject, inspect
 from epmq_gptq.errors import EPMQInputError, EPMQWarning
 from epmq_gptq.experts.experts import Experts
 from epmq_gptq.host.model_linears import quantizable_linears
