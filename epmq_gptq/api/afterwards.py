@@ -15,8 +15,8 @@ from .session import Result, path_of, session
 if TYPE_CHECKING:
     from ..checks.engines import ServingReport
     from ..evaluation import Evaluation
+    from ..publish.page.retention import Retention
     from ..publish.push import Pushed
-    from ..publish.report.retention import Retention
 
 
 # ---- evaluate ------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ class ReportResult(Result):
     """What a run did to each expert.
 
     Attributes:
-        figures: see :func:`epmq_gptq.publish.report.report_figures`.
+        figures: see :func:`epmq_gptq.publish.page.report_figures`.
         out: file of the page, None where none was written.
     """
 
@@ -103,7 +103,7 @@ class ReportResult(Result):
     @property
     def page(self) -> str:
         """The page: one HTML document that needs no network."""
-        from ..publish.report.page import page_of
+        from ..publish.page.render import page_of
 
         return page_of(self.figures)
 
@@ -111,7 +111,7 @@ class ReportResult(Result):
         return dict(self.figures)
 
     def print_to(self, console: Console) -> None:
-        from ..publish.report.table import expert_table
+        from ..publish.page.table import expert_table
 
         console.print(expert_table(self.figures))
 
@@ -141,7 +141,7 @@ def report(
         EPMQInputError: there is no report, what was given belongs to another model, or the place
             is taken.
     """
-    from ..publish.report.sources import Sources, check_page
+    from ..publish.page.sources import Sources, check_page
 
     given = [None if one is None else path_of(one) for one in (folder, baseline, evaluation)]
     sources = Sources.read(*given)
@@ -172,7 +172,7 @@ class RetentionResult(Result):
         return self.retention.to_dict()
 
     def print_to(self, console: Console) -> None:
-        from ..publish.report.table import retention_table
+        from ..publish.page.table import retention_table
 
         console.print(retention_table(self.retention))
 
@@ -204,7 +204,7 @@ def retention(
     Raises:
         EPMQInputError: a file cannot be used, or models were not measured alike.
     """
-    from ..publish.report.retention import retention_of, write_retention
+    from ..publish.page.retention import retention_of, write_retention
 
     place = path_of(folder)
     others = {"base": base, "merged": merged, "gptq": gptq}

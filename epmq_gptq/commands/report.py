@@ -46,7 +46,7 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Show what a run did to each expert, module by module: one HTML file that needs no network."""
-    from ..publish.report.sources import Sources, check_no_input, check_page, is_input
+    from ..publish.page.sources import Sources, check_no_input, check_page, is_input
 
     inputs = [one for one in (folder, baseline, evaluation) if one is not None]
     # Not even an error may be written over what is read.
@@ -74,12 +74,12 @@ def report(
         figures = sources.figures()
         for note in sources.notes():
             run.reporter.note(note)
-        from ..publish.report.table import expert_table
+        from ..publish.page.table import expert_table
 
         run.show(expert_table(figures))
         if page is not None:
             from ..io.output import write_whole
-            from ..publish.report.page import page_of
+            from ..publish.page.render import page_of
 
             write_whole(page, page_of(figures))
             run.reporter.step("page", str(page))

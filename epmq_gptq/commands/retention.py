@@ -54,8 +54,8 @@ def retention(
 
     Writes epmq_evaluation.json into DIR, where `report` and the model card find it."""
     with running(json_report, quiet, verbose, interrupted="nothing was written.") as run:
-        from ..publish.report.retention import retention_of, write_retention
-        from ..publish.report.table import retention_table
+        from ..publish.page.retention import retention_of, write_retention
+        from ..publish.page.table import retention_table
 
         folder = place(folder)
         others = {"base": base, "merged": merged, "gptq": gptq}

@@ -17,7 +17,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -604,7 +604,9 @@ class EPMQProcessor(GPTQProcessor):
             for key in _TEXTS:
                 state[key] = json.dumps(state[key], default=float)
             state["epmq"] = {
-                "reports": json.dumps([asdict(report) for report in self.reports], default=float),
+                "reports": json.dumps(
+                    [report.model_dump() for report in self.reports], default=float
+                ),
                 "shared": [self.shared_groups, self.shared_layers],
                 "generation": self._shared_input_capture_generation,
                 "rounded": {one.module: one.rounded for one in self.reports},
@@ -621,7 +623,7 @@ class EPMQProcessor(GPTQProcessor):
         super().load_continuation_state_dict(
             state | {key: json.loads(state[key]) for key in _TEXTS}
         )
-        self.reports = [ModuleReport.from_dict(one) for one in json.loads(own["reports"])]
+        self.reports = [ModuleReport.model_validate(one) for one in json.loads(own["reports"])]
         for report in self.reports:
             report.rounded = own["rounded"][report.module]
         self.shared_groups, self.shared_layers = own["shared"]

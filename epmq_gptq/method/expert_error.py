@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..report import ExpertError
+from ..report import AimError, ExpertError
 from .chunks import moved
 from .deltas import WeightDelta
 from .staging import Rows
@@ -241,10 +241,10 @@ class LayerWatch:
             if all(one.aim is not None for one in rows):
                 whole = _energy(one.given + one.aim for one in rows)
                 if whole > 0:
-                    aim = {
-                        "merged": _energy(one.aim for one in rows) / whole,
-                        "solved": solved[expert][1] / whole,
-                    }
+                    aim = AimError(
+                        merged=_energy(one.aim for one in rows) / whole,
+                        solved=solved[expert][1] / whole,
+                    )
             found[expert] = ExpertError(
                 rows=count,
                 energy=self._share * energy / count,
@@ -271,7 +271,7 @@ class LayerWatch:
             error.rounded, error.quantization = own / energy, change / energy
             if error.aim is not None:
                 whole = _energy(one.given + one.aim for one in self._rows[expert])
-                error.aim["rounded"] = aim / whole
+                error.aim.rounded = aim / whole
         self._rows = {}
 
     def _after(

@@ -8,8 +8,8 @@ import time
 import pytest
 import regret_samples as samples
 
-from epmq_gptq.publish.report import read_report, report_page
-from epmq_gptq.publish.report.retention import read_retention
+from epmq_gptq.publish.page import read_report, report_page
+from epmq_gptq.publish.page.retention import read_retention
 
 CHROMIUM = os.environ.get("EPMQ_CHROMIUM") or shutil.which("chromium")
 DRIVER = os.environ.get("EPMQ_CHROMEDRIVER") or shutil.which("chromedriver")

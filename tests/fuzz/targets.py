@@ -14,10 +14,10 @@ from epmq_gptq.experts.adapters import Adapter
 from epmq_gptq.host.recorded.bundle import Bundle
 from epmq_gptq.io.checkpoints import Checkpoint, check_folder
 from epmq_gptq.merging.lineage.read import read_lineage
-from epmq_gptq.publish.report.page import report_page
-from epmq_gptq.publish.report.retention import read_retention
-from epmq_gptq.publish.report.run import read_report
+from epmq_gptq.publish.page.render import report_page
+from epmq_gptq.publish.page.retention import read_retention
 from epmq_gptq.recipe import Recipe
+from epmq_gptq.report import read_report
 
 CORPUS = Path(__file__).parent / "corpus"
 

@@ -90,8 +90,8 @@ def test_what_is_aimed_at_has_figures_of_its_own(case, tmp_path):
                 (weights[linear], "rounded"),
             ):
                 expected = share(x @ W.T, T, T)
-                assert aim[key] == pytest.approx(expected, rel=2e-3), (linear, key)
-            assert aim["solved"] < aim["merged"]
+                assert getattr(aim, key) == pytest.approx(expected, rel=2e-3), (linear, key)
+            assert aim.solved < aim.merged
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
@@ -145,9 +145,9 @@ def test_biases_moved_inputs_and_pieces_of_rows(eta):
         assert error.solved == pytest.approx(share(X @ W_target.T, own, own), rel=1e-4)
         assert error.rounded == pytest.approx(share(X @ Q.T, own, own), rel=1e-4)
         assert error.quantization == pytest.approx(share(X @ Q.T, X @ W_m.T, own), rel=1e-4)
-        assert error.aim["merged"] == pytest.approx(share(X @ W_m.T, T, T), rel=1e-4)
-        assert error.aim["solved"] == pytest.approx(share(X @ W_target.T, T, T), rel=1e-4)
-        assert error.aim["rounded"] == pytest.approx(share(X @ Q.T + shift, T, T), rel=1e-4)
+        assert error.aim.merged == pytest.approx(share(X @ W_m.T, T, T), rel=1e-4)
+        assert error.aim.solved == pytest.approx(share(X @ W_target.T, T, T), rel=1e-4)
+        assert error.aim.rounded == pytest.approx(share(X @ Q.T + shift, T, T), rel=1e-4)
     assert errors["b"].merged == 0.0  # that expert is the merge
 
 

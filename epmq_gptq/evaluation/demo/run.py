@@ -20,8 +20,8 @@ from ...errors import EPMQInputError
 from ...io.output import check_output, write_whole
 from ...merging import check_merge, merge, merge_methods
 from ...publish.card import write_card
-from ...publish.report import read_report, report_page
-from ...publish.report.retention import ExpertRetention, Retention, read_retention, write_retention
+from ...publish.page import read_report, report_page
+from ...publish.page.retention import ExpertRetention, Retention, read_retention, write_retention
 from ...report import PAGE_NAME
 from .cache import Models, cache_folder, trained_models
 from .domains import ANSWER_TOKENS, DOMAINS, PROMPTS

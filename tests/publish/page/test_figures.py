@@ -7,11 +7,11 @@ import statistics
 import pytest
 import regret_samples as samples
 
-from epmq_gptq.publish.report import read_report, report_figures
-from epmq_gptq.publish.report.figures import FIGURES, figures_of, mean_figures
-from epmq_gptq.publish.report.layers import kind_of
-from epmq_gptq.publish.report.retention import read_retention
-from epmq_gptq.publish.report.run import AimFigures, ExpertFigures
+from epmq_gptq.publish.page import read_report, report_figures
+from epmq_gptq.publish.page.figures import FIGURES, figures_of, mean_figures
+from epmq_gptq.publish.page.layers import kind_of
+from epmq_gptq.publish.page.retention import read_retention
+from epmq_gptq.report import AimError, ExpertError
 
 
 @pytest.fixture(params=["llama", "t5", "clip", "moe"])
@@ -156,14 +156,21 @@ def test_a_mean_counts_what_is_known_and_no_more():
 
 
 def test_figures_without_a_part():
-    one = ExpertFigures(8, 1.0, 0.1, None, 0.05, 0.2, AimFigures(0.3, None, 0.1))
+    one = ExpertError(
+        rows=8,
+        energy=1.0,
+        merged=0.1,
+        solved=0.05,
+        rounded=0.2,
+        aim=AimError(merged=0.3, solved=0.2, rounded=0.1),
+    )
     found = figures_of(one)
     assert found["change"] == pytest.approx(0.1) and found["cross"] is None
     assert found["aim_change"] == pytest.approx(-0.2)
     assert found["gptq"] is found["over_gptq"] is None
-    other = ExpertFigures(8, 1.0, None, None, None, 0.25)
+    other = ExpertError(rows=8, energy=1.0, merged=0.1, solved=0.05, rounded=0.25)
     assert figures_of(one, other)["over_gptq"] == pytest.approx(-0.05)
-    assert figures_of(other)["aim_rounded"] is None and figures_of(other)["change"] is None
+    assert figures_of(other)["aim_rounded"] is None
 
 
 def test_reports_with_little_in_them(tmp_path):
@@ -176,7 +183,9 @@ def test_reports_with_little_in_them(tmp_path):
     # An expert that routing never reached, and weights of its own for one that it did.
     some = samples.report(["model.layers.0.mlp.experts.0.up_proj"], ["math", "code"])
     module = some["report"]["modules"][0]
-    module["experts"] = {"math": {"rows": 4, "energy": 2.0, "merged": 0.1, "rounded": 0.2}}
+    module["experts"] = {
+        "math": {"rows": 4, "energy": 2.0, "merged": 0.1, "solved": 0.1, "rounded": 0.2}
+    }
     module["tokens"] = {"math": 4, "code": 0}
     module["weights"] = {"math": 1.7}
     document = report_figures(read_report(samples.write(tmp_path / "b", some)))

@@ -21,7 +21,7 @@ _COLUMNS = {
 
 
 def expert_table(document: dict[str, Any]) -> Table:
-    """One line per expert, from what :func:`~epmq_gptq.publish.report.report_figures` returned."""
+    """One line per expert, from what :func:`~epmq_gptq.publish.page.report_figures` returned."""
     experts = document["experts"]
     keys = [key for key in _COLUMNS if any(one["figures"][key] is not None for one in experts)]
     evaluated = any(one["retention"] for one in experts)

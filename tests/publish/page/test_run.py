@@ -2,13 +2,15 @@
 
 import copy
 import json
+import math
 
 import pytest
 import regret_samples as samples
 
 from epmq_gptq import EPMQInputError
-from epmq_gptq.publish.report import check_baseline, read_report
-from epmq_gptq.publish.report.retention import ExpertRetention, Retention
+from epmq_gptq.publish.page import check_baseline, read_report
+from epmq_gptq.publish.page.retention import ExpertRetention, Retention
+from epmq_gptq.report import ModuleReport
 
 
 @pytest.fixture
@@ -25,8 +27,8 @@ def refusal(folder, content):
 
 def test_everything_that_is_shown_is_read(tmp_path, content):
     report = read_report(samples.write(tmp_path / "run", content))
-    assert report.name == "run" and report.version == "0.1.0"
-    assert report.experts == ("math", "code") and report.is_measured
+    assert report.checkpoint == "run" and report.version == "0.1.0"
+    assert report.experts == ["math", "code"] and report.is_measured
     assert len(report.modules) == 14
     wanted = content["report"]["modules"][3]
     got = report.modules[3]
@@ -41,36 +43,50 @@ def test_everything_that_is_shown_is_read(tmp_path, content):
     assert report.about_expert("nobody") == {}
 
 
-def test_fields_that_later_versions_may_lack_or_add(tmp_path, content):
+def test_fields_that_a_report_may_lack(tmp_path, content):
     for module in content["report"]["modules"]:
-        module["news"] = 1
-        for key in ("weights", "held_out_gain", "reason", "eta", "rho", "seconds", "experts"):
+        for key in ("weights", "held_out_gain", "reason", "eta", "rho", "experts"):
             del module[key]
     for key in ("left", "phases", "peak_memory", "provenance", "rows"):
         del content["report"][key]
     report = read_report(samples.write(tmp_path / "run", content))
-    assert not report.is_measured and report.experts == ("math", "code")
+    assert not report.is_measured and report.experts == ["math", "code"]
     assert report.modules[0].held_out_gain is None
+
+
+def test_an_unknown_key_is_named(tmp_path, content):
+    content["report"]["modules"][1]["news"] = 1
+    assert "`report.modules[1]`: `news`" in refusal(tmp_path, content).cause
+
+
+def test_numbers_that_a_file_may_not_hold_survive_in_memory(content):
+    """A run that is resumed reads its own reports, whatever was computed."""
+    values = content["report"]["modules"][0] | {"held_out": {"0.1": -math.inf}}
+    values["held_out_gain"] = math.inf
+    kept = json.loads(json.dumps(ModuleReport.model_validate(values).model_dump()))
+    read = ModuleReport.model_validate(kept)
+    assert read.held_out == {"0.1": -math.inf} and read.held_out_gain == math.inf
+    assert read.model_dump() == ModuleReport.model_validate(values).model_dump()
 
 
 CASES = {
     "schema": (("schema",), 2, "`schema` should be 1, got 2"),
-    "old": (("schema",), None, "`schema` should be 1, got nothing"),
+    "old": (("schema",), None, "`schema` should be 1, got None"),
     "flag": (("schema",), True, "`schema` should be 1, got True"),
-    "report": (("report",), [], "`report` should be an object, got a list"),
-    "modules": (("report", "modules"), {}, "`report.modules` should be a list, got an object"),
-    "empty": (("report", "modules"), [], "`report.modules` should be a list of at least one"),
-    "entry": (("report", "modules", 1), 7, "`report.modules[1]` should be an object, got 7"),
+    "report": (("report",), [], "`report` should be a mapping, got []"),
+    "modules": (("report", "modules"), {}, "`report.modules` should be a list, got {}"),
+    "empty": (("report", "modules"), [], "`report.modules` should name at least one"),
+    "entry": (("report", "modules", 1), 7, "`report.modules[1]` should be a mapping, got 7"),
     "name": (
         ("report", "modules", 1, "module"),
         None,
-        "`report.modules[1].module` should be a text, got nothing",
+        "`report.modules[1].module` should be a text, got None",
     ),
     "bits": (("report", "modules", 0, "bits"), 4.5, "`report.modules[0].bits` should be a whole"),
     "alpha": (
         ("report", "modules", 0, "alpha"),
         "auto",
-        "`report.modules[0].alpha` should be a finite number, got 'auto'",
+        "`report.modules[0].alpha` should be a number, got 'auto'",
     ),
     "ratio": (
         ("report", "modules", 0, "experts", "math", "rounded"),
@@ -85,15 +101,15 @@ CASES = {
     "energy": (
         ("report", "modules", 0, "experts", "math", "energy"),
         None,
-        "experts.math.energy` should be a number, got nothing",
+        "experts.math.energy` should be a number, got None",
     ),
     "aim": (
         ("report", "modules", 0, "experts", "math", "aim"),
         3,
-        "experts.math.aim` should be an object, got 3",
+        "experts.math.aim` should be a mapping, got 3",
     ),
     "rows": (("report", "rows", "math"), "64", "`report.rows.math` should be a whole number"),
-    "tokens": (("report", "tokens"), 5, "`report.tokens` should be an object, got 5"),
+    "tokens": (("report", "tokens"), 5, "`report.tokens` should be a mapping, got 5"),
     "seconds": (("report", "seconds"), -1, "`report.seconds` should be a finite number, 0 or more"),
     "left": (("report", "left"), {"math": 1}, "`report.left.math` should be a text, got 1"),
     "phases": (("report", "phases"), {"solve": "x" * 99}, "got 'xxx"),
@@ -116,7 +132,7 @@ def test_what_is_not_as_it_should_be_is_named(tmp_path, content, case):
 def test_a_module_that_is_there_twice(tmp_path, content):
     content["report"]["modules"][5]["module"] = content["report"]["modules"][2]["module"]
     error = refusal(tmp_path, content)
-    assert "names each module once" in error.cause and "v_proj" in error.cause
+    assert "name each module once" in error.cause and "v_proj" in error.cause
 
 
 def test_folders_without_a_report(tmp_path):
@@ -170,7 +186,7 @@ def test_a_baseline_is_of_the_same_merge(tmp_path, content):
 
 
 def test_an_evaluation_is_of_the_same_experts(tmp_path, content):
-    from epmq_gptq.publish.report import report_figures
+    from epmq_gptq.publish.page import report_figures
 
     report = read_report(samples.write(tmp_path, content))
     known = ExpertRetention("t", "acc", True, 1.0, 0.5)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import regret_samples as samples
 
-import epmq_gptq.publish.report
-from epmq_gptq.publish.report import read_report, report_page
-from epmq_gptq.publish.report.page import (
+import epmq_gptq.publish.page
+from epmq_gptq.publish.page import read_report, report_page
+from epmq_gptq.publish.page.render import (
     PLOTLY_VERSION,
     duration,
     json_for_html,
@@ -20,9 +20,9 @@ from epmq_gptq.publish.report.page import (
     percent,
     points,
 )
-from epmq_gptq.publish.report.retention import read_retention
+from epmq_gptq.publish.page.retention import read_retention
 
-ASSETS = Path(epmq_gptq.publish.report.__file__).parent / "assets"
+ASSETS = Path(epmq_gptq.publish.page.__file__).parent / "assets"
 
 
 class Elements(HTMLParser):

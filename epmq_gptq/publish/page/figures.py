@@ -11,16 +11,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from ...report import AimError, ExpertError, ModuleReport, QuantizationReport
 from .layers import kind_of, layer_labels, layer_of, layers_in_order
+from .matching import check_baseline, check_retention
 from .retention import STAGES, Retention
-from .run import (
-    AimFigures,
-    ExpertFigures,
-    ModuleFigures,
-    RunReport,
-    check_baseline,
-    check_retention,
-)
 
 SCHEMA = 1
 
@@ -53,7 +47,7 @@ class _Cell(NamedTuple):
 
 
 def figures_of(
-    one: ExpertFigures, baseline: ExpertFigures | None = None, *, aims: bool = False
+    one: ExpertError, baseline: ExpertError | None = None, *, aims: bool = False
 ) -> Figures:
     """Every figure of :data:`FIGURES` for one expert in one module.
 
@@ -65,7 +59,7 @@ def figures_of(
     """
     aim = one.aim
     if aims and aim is None:
-        aim = AimFigures(one.merged, one.solved, one.rounded)
+        aim = AimError(merged=one.merged, solved=one.solved, rounded=one.rounded)
     gptq = None if baseline is None else baseline.rounded
     return {
         "merged": one.merged,
@@ -113,8 +107,8 @@ def mean_figures(cells: Iterable[tuple[float, Figures]]) -> Figures:
 
 
 def report_figures(
-    report: RunReport,
-    baseline: RunReport | None = None,
+    report: QuantizationReport,
+    baseline: QuantizationReport | None = None,
     retention: Retention | None = None,
 ) -> dict[str, Any]:
     """Everything that the page shows, as plain data; fit for JSON.
@@ -172,7 +166,9 @@ def report_figures(
     }
 
 
-def _cells(report: RunReport, baseline: RunReport | None) -> list[dict[str, _Cell]]:
+def _cells(
+    report: QuantizationReport, baseline: QuantizationReport | None
+) -> list[dict[str, _Cell]]:
     """For each module: expert → cell."""
     aims = any(one.aim for module in report.modules for one in module.experts.values())
     others = {} if baseline is None else {one.module: one.experts for one in baseline.modules}
@@ -196,9 +192,9 @@ class _Group(NamedTuple):
 
 
 def _groups(
-    report: RunReport,
+    report: QuantizationReport,
     cells: Sequence[dict[str, _Cell]],
-    key: Callable[[ModuleFigures], Any],
+    key: Callable[[ModuleReport], Any],
 ) -> dict[Any, _Group]:
     members: dict[Any, list[int]] = {}
     for number, module in enumerate(report.modules):
@@ -215,7 +211,7 @@ def _groups(
 
 
 def _modules(
-    report: RunReport, cells: Sequence[dict[str, _Cell]], labels: dict[Any, str]
+    report: QuantizationReport, cells: Sequence[dict[str, _Cell]], labels: dict[Any, str]
 ) -> list[dict[str, Any]]:
     totals = {name: _deviation(cells, name) for name in report.experts}
     return [
@@ -261,7 +257,7 @@ def _share(cell: _Cell, total: float) -> float | None:
     return None if rounded is None or total <= 0 else cell.weight * rounded / total
 
 
-def _weight(report: RunReport, module: ModuleFigures, name: str) -> float:
+def _weight(report: QuantizationReport, module: ModuleReport, name: str) -> float:
     """What an expert counts in a module: of the run where the module has none of its own."""
     if name in module.weights:
         return module.weights[name]
@@ -270,7 +266,7 @@ def _weight(report: RunReport, module: ModuleFigures, name: str) -> float:
 
 
 def _expert(
-    report: RunReport,
+    report: QuantizationReport,
     cells: Sequence[dict[str, _Cell]],
     name: str,
     retention: Retention | None,
@@ -323,12 +319,12 @@ def _worst(modules: Sequence[dict[str, Any]], judge: str) -> list[dict[str, Any]
     return sorted(found, key=lambda one: -one[judge])[:WORST]
 
 
-def run_facts(report: RunReport) -> dict[str, Any]:
+def run_facts(report: QuantizationReport) -> dict[str, Any]:
     """What was run: names, options, counts, versions."""
     versions = report.fact("versions")
     versions = versions if isinstance(versions, dict) else {}
     return {
-        "checkpoint": report.name,
+        "checkpoint": report.checkpoint,
         "merged": _text(report.fact("merged", "source")),
         "base": _text(report.fact("base", "source")),
         "merge_method": _text(report.fact("merge", "method")),

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ...io.console import human_size
+from ...report import QuantizationReport
 from .figures import report_figures
 from .retention import Retention
-from .run import RunReport
 
 _ASSETS = Path(__file__).parent / "assets"
 PLOTLY = "plotly-cartesian.min.js"
@@ -31,17 +31,17 @@ _EXTRAS = ("weight", "share", "energy", "rows")
 
 
 def report_page(
-    report: RunReport,
+    report: QuantizationReport,
     *,
-    baseline: RunReport | None = None,
+    baseline: QuantizationReport | None = None,
     retention: Retention | None = None,
 ) -> str:
     """One self-contained HTML document.
 
     Args:
-        report: see :func:`~epmq_gptq.publish.report.read_report`.
+        report: see :func:`~epmq_gptq.publish.page.read_report`.
         baseline: of a run with plain GPTQ on the same merge.
-        retention: see :func:`~epmq_gptq.publish.report.read_retention`.
+        retention: see :func:`~epmq_gptq.publish.page.read_retention`.
 
     Raises:
         EPMQInputError: the baseline is that of another model.
@@ -50,7 +50,7 @@ def report_page(
 
 
 def page_of(document: dict[str, Any]) -> str:
-    """The page of what :func:`~epmq_gptq.publish.report.report_figures` returned."""
+    """The page of what :func:`~epmq_gptq.publish.page.report_figures` returned."""
     scripts = {"plotly": _asset(PLOTLY), "page": _asset("page.js")}
     html = _template().render(
         document=document,

@@ -3,7 +3,7 @@
 import pytest
 import regret_samples as samples
 
-from epmq_gptq.publish.report.layers import kind_of, layer_labels, layer_of, layers_in_order
+from epmq_gptq.publish.page.layers import kind_of, layer_labels, layer_of, layers_in_order
 
 
 def labels(modules):

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQInputError, cli
-from epmq_gptq.publish.report.retention import (
+from epmq_gptq.publish.page.retention import (
     ExpertRetention,
     Retention,
     read_retention,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EPMQInputError
+from ...report import REPORT_NAME, QuantizationReport, read_report
 from .figures import report_figures
 from .retention import Retention, read_retention
-from .run import FILE_NAME, RunReport, read_report
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Sources:
         baseline, retention: None where there are none.
     """
 
-    run: RunReport
-    baseline: RunReport | None = None
+    run: QuantizationReport
+    baseline: QuantizationReport | None = None
     retention: Retention | None = None
 
     @classmethod
@@ -52,7 +52,7 @@ class Sources:
         return cls(run, other, kept)
 
     def figures(self) -> dict[str, Any]:
-        """See :func:`~epmq_gptq.publish.report.report_figures`."""
+        """See :func:`~epmq_gptq.publish.page.report_figures`."""
         return report_figures(self.run, self.baseline, self.retention)
 
     def notes(self) -> list[str]:
@@ -67,7 +67,7 @@ class Sources:
         return notes
 
 
-def _widths(run: RunReport) -> set[tuple[int, int]]:
+def _widths(run: QuantizationReport) -> set[tuple[int, int]]:
     return {(module.bits, module.group_size) for module in run.modules}
 
 
@@ -108,7 +108,7 @@ def check_page(target: Path, inputs: list[Path], overwrite: bool) -> None:
 
 def is_input(target: Path, inputs: list[Path]) -> bool:
     """Whether a file is one that the report is made from."""
-    files = [place / FILE_NAME if place.is_dir() else place for place in inputs]
+    files = [place / REPORT_NAME if place.is_dir() else place for place in inputs]
     return any(file.exists() and target.exists() and target.samefile(file) for file in files)
 
 
