@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from epmq_gptq.evaluation.baselines import QuantizeSettings, quantize
+
 from .clip import ClipBench
+from .data import Score
 from .glue import GlueBench
 from .llm import LanguageBench
 from .models import Fetcher, Models, prepare
-from .quantizing import Quantization, quantize
-from .scores import Score
 from .specs import CALIBRATED, FAMILIES, MERGERS, REGMEAN_RATIO, SUITES
 
 Bench = ClipBench | GlueBench | LanguageBench
@@ -261,15 +262,15 @@ class Runner:
         self, cell: Cell, bench: Bench, models: Models, merged: Path
     ) -> tuple[dict[str, Score], float]:
         family = FAMILIES[cell.family]
-        wanted = Quantization(
-            cell.method,
+        best = cell.method == "E-PMQ-best"
+        settings = QuantizeSettings(
             cell.bits,
             family.group_size,
             family.batch_size,
             self.settings.device,
-            self.alpha(cell),
             # Appendix E: language models in bfloat16.
             torch.bfloat16 if family.kind == "text" else torch.float32,
+            {"profile": "best"} if best else {"profile": "paper", "alpha": self.alpha(cell)},
         )
         rows = {}
         if cell.method != "RTN":
@@ -280,7 +281,8 @@ class Runner:
         shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            seconds = quantize(wanted, merged, models.experts, rows, out)
+            method = "E-PMQ" if best else cell.method
+            seconds = quantize(method, merged, models.experts, rows, settings, out)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return self._evaluated(cell, bench, out, bench.columns), seconds

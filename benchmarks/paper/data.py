@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from epmq_gptq.errors import EPMQInputError
 
@@ -12,6 +12,18 @@ from .specs import DatasetSpec
 
 # Dataset → the commit that was read; None where the hub was not asked (offline).
 COMMITS: dict[str, str | None] = {}
+
+
+class Score(NamedTuple):
+    """One figure of a table.
+
+    Attributes:
+        value: in per cent; of STS-B 100 · Spearman's rho.
+        items: how many were scored.
+    """
+
+    value: float
+    items: int
 
 
 def commit_of(spec: DatasetSpec) -> str | None:

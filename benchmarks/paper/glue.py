@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from .data import commit_of, draw, load_split
-from .scores import Score
+from .data import Score, commit_of, draw, load_split
 from .specs import GLUE
 
 # As T5 was trained; the tokenizer of the hub says the same.

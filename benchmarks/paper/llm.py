@@ -12,8 +12,7 @@ import torch
 
 from epmq_gptq.errors import EPMQInputError
 
-from .data import commit_of, draw, load_split
-from .scores import Score
+from .data import Score, commit_of, draw, load_split
 from .specs import LM_TASKS, MERGEBENCH, RUNS_CODE
 
 

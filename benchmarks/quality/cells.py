@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from epmq_gptq.errors import EPMQError
 from epmq_gptq.evaluation import load_model
+from epmq_gptq.evaluation.baselines import QuantizeSettings, quantize
 from epmq_gptq.evaluation.loading import architecture_of
-from epmq_gptq.evaluation.quantizers import QuantizeSettings, quantize
 from epmq_gptq.merging import merge, merge_state_dicts
 
 from .plan import CALIBRATED, PAPER, Cell
@@ -196,10 +196,9 @@ def _settings(cell: Cell, place: Place) -> QuantizeSettings:
     return QuantizeSettings(
         bits=cell.bits,
         group_size=place.group_size,
-        alpha=cell.alpha,
         batch_size=place.batch_size,
         device=place.where,
-        options=cell.options or PAPER,
+        options={"alpha": cell.alpha} | dict(cell.options or PAPER),
     )
 
 
@@ -210,14 +209,14 @@ def _quantize_cell(cell: Cell, place: Place, suite: Any, folder: str, key) -> di
     with tempfile.TemporaryDirectory(dir=place.work, prefix="quantized-") as temporary:
         out = Path(temporary) / "model"
         try:
-            took = quantize(cell.method, place.work / folder, suite.experts, rows, settings, out)
+            seconds = quantize(cell.method, place.work / folder, suite.experts, rows, settings, out)
         except EPMQError as error:
             # Of a baseline: what the host does not know. alpha = 0: some Gram lacks full rank.
             if cell.method != "E-PMQ" or cell.alpha == 0:
                 raise Refused(f"[{error.code}] {error}") from error
             raise
         scores = scored(suite, out, place, held_out=cell.held_out)
-    return {"scores": scores, **{name: round(n, 3) for name, n in asdict(took).items()}}
+    return {"scores": scores, "seconds": round(seconds, 3)}
 
 
 def _budget_cell(cell: Cell, place: Place, suite: Any, folder: str, key) -> dict:
@@ -234,7 +233,7 @@ def _budget_cell(cell: Cell, place: Place, suite: Any, folder: str, key) -> dict
                 data = rows if turn else few  # the first only loads and compiles
                 took = quantize(method, place.work / folder, suite.experts, data, settings, out)
                 if turn:
-                    seconds[method].append(took.seconds)
+                    seconds[method].append(took)
                 if turn == 1:
                     scores[method] = scored(suite, out, place)["evaluation"]
     median = {method: sorted(values)[1] for method, values in seconds.items()}

@@ -105,7 +105,7 @@ class Options:
     group_size: int = 32
     quick: bool = False
     device: str | None = None
-    suites_from: str = "epmq_gptq.suites"
+    suites_from: str = "suites"
 
 
 @dataclass(frozen=True)

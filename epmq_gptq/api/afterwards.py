@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,62 +27,64 @@ class EvaluateResult(Result):
     """Figures of one model.
 
     Attributes:
-        evaluations: one per suite, or one of lm-eval.
+        evaluation: every figure, with what decided it.
     """
 
-    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluation: Evaluation
 
     def to_dict(self) -> dict[str, Any]:
         from ..evaluation.results import evaluation_document
 
-        return evaluation_document(self.evaluations)
+        return evaluation_document([self.evaluation])
 
     def print_to(self, console: Console) -> None:
         from ..evaluation.results import table_of
 
-        for each in self.evaluations:
-            console.print(table_of(each))
-
-    def __repr__(self) -> str:
-        return f"<EvaluateResult: {', '.join(each.harness for each in self.evaluations)}>"
+        console.print(table_of(self.evaluation))
 
 
 def evaluate(
     model: str | Path,
+    tasks: str | Sequence[str],
     *,
-    suite: str | Sequence[str] = (),
-    tasks: str | Sequence[str] = (),
+    include_path: str | Path | None = None,
+    kernel: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
     progress: bool = False,
     **options: Any,
 ) -> EvaluateResult:
-    """Evaluate a model on suites of this package, or on tasks of lm-eval; ``epmq-gptq evaluate``.
+    """Evaluate a model on tasks of lm-eval; ``epmq-gptq evaluate``.
 
     Args:
         model: folder or hub id: full precision, GPTQ or AWQ.
-        suite: "vision8", "text4" or "seq2seq4", or several of them.
-        tasks: of lm-eval; with one suite, the tasks of it to run.
+        tasks: names or patterns.
+        include_path: folder with YAML files of own tasks.
+        kernel: compute with GPTQModel's kernel on a CPU as well.
+        dtype, device: of the computation.
         progress: say what is going on.
-        options: the other fields of :class:`~epmq_gptq.evaluation.request.EvaluationRequest`, which
-            are the options of the command: ``limit``, ``batch_size``, ``split``, ``device``, …
+        options: of lm-eval, see :class:`~epmq_gptq.evaluation.TaskOptions`.
 
     Raises:
-        EPMQInputError: there is no such suite, task or option, or the model cannot be loaded.
+        EPMQInputError: there is no such task or option, or the model cannot be loaded.
     """
     with session(progress) as reporter:
-        from ..evaluation.request import EvaluationRequest, run_request
+        from ..evaluation import TaskOptions, evaluate_model
         from ..io.options import check_keys
 
-        known = [name for name in EvaluationRequest.__dataclass_fields__ if name != "suites"]
-        check_keys(options, known, "`evaluate`")
-        if options.get("include_path") is not None:
-            options["include_path"] = path_of(options["include_path"])
-        request = EvaluationRequest(suites=_names(suite), tasks=_names(tasks), **options)
+        check_keys(options, list(TaskOptions.__dataclass_fields__), "`evaluate`")
         with reporter.quiet_host():
-            return EvaluateResult(run_request(str(model), request, reporter))
-
-
-def _names(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+            result = evaluate_model(
+                str(model),
+                [tasks] if isinstance(tasks, str) else list(tasks),
+                TaskOptions(**options),
+                include_path=None if include_path is None else path_of(include_path),
+                kernel=kernel,
+                dtype=dtype,
+                device=device,
+                say=reporter.step,
+            )
+        return EvaluateResult(result)
 
 
 # ---- report and retention ------------------------------------------------------------------------

@@ -19,8 +19,6 @@ MERGE_METHODS = (
     "regmean",
     "regmean_plusplus",
 )
-SUITES = ("vision8", "text4", "seq2seq4")
-SPLITS = ("evaluation", "held_out")
 VERIFY = ("headers", "sample", "full")
 DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -62,8 +60,6 @@ def one_of(names: Iterable[str]) -> Completion:
 
 
 merge_methods = one_of(MERGE_METHODS)
-suites = one_of(SUITES)
-splits = one_of(SPLITS)
 verifications = one_of(VERIFY)
 devices = one_of(DEVICES)
 dtypes = one_of(DTYPES)

@@ -1,15 +1,15 @@
-"""Any task of lm-eval, EleutherAI's language model evaluation harness, on a loaded model.
+"""Any task of lm-eval, EleutherAI's language model evaluation harness, on any model we can load.
 
-Its tasks, prompts, data and metrics are used as they are; ours is the loader alone, so a quantized
-checkpoint and its full-precision merge are asked the same questions in the same way.
+lm-eval's tasks, prompts, data and metrics are used as they are. Only the loader is ours, so a
+quantized checkpoint and its full-precision merge are asked the same questions in the same way.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,23 +19,6 @@ from .results import Evaluation, Measure
 
 if TYPE_CHECKING:
     from .loading import Loaded
-
-HARNESS = "lm-eval"
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """Tasks with their data, ready to be asked.
-
-    Attributes:
-        names: as asked for, patterns resolved.
-        manager: lm-eval's, which they came from.
-        items: its tasks and groups at the top level.
-    """
-
-    names: tuple[str, ...]
-    manager: Any
-    items: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -47,8 +30,11 @@ class TaskOptions:
         num_fewshot: shots; None for what each task says.
         batch_size: requests per forward pass; "auto" for what fits on a GPU.
         apply_chat_template: send prompts through the tokenizer's chat template.
-        confirm_run_unsafe_code: tasks that run what the model wrote (HumanEval, MBPP).
+        confirm_run_unsafe_code: allow tasks that run what the model wrote (HumanEval, MBPP).
         seed: of the shots and of everything else random.
+
+    Raises:
+        EPMQInputError: `limit` or `batch_size` is not positive.
     """
 
     limit: float | None = None
@@ -58,23 +44,69 @@ class TaskOptions:
     confirm_run_unsafe_code: bool = False
     seed: int = 1234
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit <= 0:
+            raise _refused("--limit", f"should be positive, got {self.limit}", "Leave it out.")
+        size = str(self.batch_size)
+        if not size.startswith("auto") and not (size.isdigit() and int(size)):
+            rule = f"should be a positive integer or `auto`, got `{size}`"
+            raise _refused("--batch-size", rule, "Leave it out for 1.")
+        # lm-eval counts items with an int, and takes a share of them with a float.
+        if self.limit is not None and self.limit >= 1:
+            object.__setattr__(self, "limit", int(self.limit))
+        object.__setattr__(self, "batch_size", int(size) if size.isdigit() else size)
 
-def require_lm_eval() -> None:
-    """Refuse to go on without lm-eval.
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of lm-eval whose data has been read.
+
+    Attributes:
+        names: as asked for, patterns resolved.
+        manager: lm-eval's `TaskManager`, which they came from.
+        items: lm-eval's tasks and groups.
+    """
+
+    names: tuple[str, ...]
+    manager: Any
+    items: tuple[Any, ...]
+
+
+def _refused(option: str, text: str, remedy: str, code: str = "EPMQ-O01") -> EPMQInputError:
+    return EPMQInputError(f"`{option}` {text}.", code=code, subject=f"`{option}`", remedy=remedy)
+
+
+def evaluate_model(
+    model: str | Path,
+    tasks: Sequence[str],
+    options: TaskOptions | None = None,
+    *,
+    include_path: str | Path | None = None,
+    kernel: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    say: Callable[[str, str], None] = lambda stage, text: None,
+) -> Evaluation:
+    """Load a model and evaluate it on tasks of lm-eval, whose data is read first.
+
+    Args:
+        model: folder or hub id: full precision, GPTQ or AWQ.
+        tasks, include_path: see :func:`prepare_tasks`.
+        options: lm-eval's; None for its defaults.
+        kernel: compute with GPTQModel's kernel on a CPU as well.
+        dtype, device: see :func:`~epmq_gptq.evaluation.load_model`.
+        say: called with a stage and what it works on.
 
     Raises:
-        EPMQInputError: it is not installed.
+        EPMQInputError: there is no such task, or the model cannot be loaded.
     """
-    try:
-        import lm_eval  # noqa: F401
-        from lm_eval.models import huggingface  # noqa: F401
-    except ImportError as error:
-        raise EPMQInputError(
-            f"`--tasks` needs lm-eval, which cannot be imported: {error}.",
-            code="EPMQ-O03",
-            subject="`--tasks`",
-            remedy='Install it with `pip install "epmq-gptq[eval]"`.',
-        ) from error
+    from .loading import load_model
+
+    prepared = prepare_tasks(tasks, include_path)
+    say("tasks", ", ".join(prepared.names))
+    loaded = load_model(model, device=device, dtype=dtype, dense=False if kernel else None)
+    say("load", loaded.summary())
+    return evaluate_tasks(loaded, prepared, options)
 
 
 def prepare_tasks(names: Sequence[str], include_path: str | Path | None = None) -> Tasks:
@@ -87,24 +119,38 @@ def prepare_tasks(names: Sequence[str], include_path: str | Path | None = None) 
     Raises:
         EPMQInputError: lm-eval is missing, there is no such task, or its data cannot be had.
     """
-    require_lm_eval()
+    if not names:
+        raise _refused(
+            "--tasks",
+            "should name what to evaluate on; there is nothing to evaluate on",
+            "Give tasks of lm-eval, such as `--tasks hellaswag,gsm8k`.",
+            "EPMQ-O03",
+        )
+    try:
+        import lm_eval  # noqa: F401
+        from lm_eval.models import huggingface  # noqa: F401
+    except ImportError as error:
+        text = f"needs lm-eval, which cannot be imported: {str(error).rstrip('.')}"
+        remedy = 'Install it with `pip install "epmq-gptq[eval]"`.'
+        raise _refused("--tasks", text, remedy, "EPMQ-O03") from error
     if include_path is not None and not Path(include_path).is_dir():
-        raise EPMQInputError(
-            f"`--include-path`: `{Path(include_path).name}` is not a folder.",
-            code="EPMQ-O01",
-            subject="`--include-path`",
-            remedy="Give the folder with the YAML files of your tasks.",
+        raise _refused(
+            "--include-path",
+            f"should be a folder; `{Path(include_path).name}` is not a folder",
+            "Give the folder with the YAML files of your tasks.",
         )
     manager, found = _find(names, include_path)
     try:
         loaded = manager.load(list(found))
     except Exception as error:  # of lm-eval, YAML, datasets, the hub
-        raise EPMQInputError(
-            f"`--tasks`: {', '.join(found)} cannot be prepared: {_reason(error)}.",
-            code="EPMQ-F16" if isinstance(error, OSError) else "EPMQ-O04",
-            subject="`--tasks`",
-            remedy="lm-eval reads a task's data from the hub or its cache; look at the task's YAML "
-            "and the connection.",
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise _refused(
+            "--tasks",
+            f"{', '.join(found)} cannot be prepared: "
+            + f"{type(error).__name__}: {reason}".rstrip(".: "),
+            "lm-eval reads a task's data from the hub or its cache; look at the task's YAML and "
+            "the connection.",
+            "EPMQ-F16" if isinstance(error, OSError) else "EPMQ-O04",
         ) from error
     groups = loaded["groups"]
     inside = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
@@ -116,29 +162,25 @@ def prepare_tasks(names: Sequence[str], include_path: str | Path | None = None) 
 def _find(names: Sequence[str], include_path: str | Path | None) -> tuple[Any, list[str]]:
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None:
+    own = None if include_path is None else str(include_path)
+    if own is not None:
         # lm-eval's own 14,000 take ten seconds to list.
-        own = TaskManager(include_path=str(include_path), include_defaults=False)
-        if all(name in own.all_subtasks for name in names):
-            return own, list(dict.fromkeys(names))
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+        manager = TaskManager(include_path=own, include_defaults=False)
+        if all(name in manager.all_subtasks for name in names):
+            return manager, list(dict.fromkeys(names))
+    manager = TaskManager(include_path=own)
     found: list[str] = []
     for name in names:
         matches = manager.match_tasks([name])
         if not matches:
-            raise EPMQInputError(
-                f"`--tasks`: lm-eval {version('lm_eval')} has no task `{name}`.",
-                code="EPMQ-O02",
-                subject="`--tasks`",
-                remedy="`lm-eval ls tasks` lists them; own ones need `--include-path`.",
+            raise _refused(
+                "--tasks",
+                f"should name tasks of lm-eval {version('lm_eval')}, which has no task `{name}`",
+                "`lm-eval ls tasks` lists them; own ones need `--include-path`.",
+                "EPMQ-O02",
             )
         found += matches
     return manager, list(dict.fromkeys(found))
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}".rstrip(".: ")
 
 
 def evaluate_tasks(
@@ -148,10 +190,9 @@ def evaluate_tasks(
     *,
     include_path: str | Path | None = None,
 ) -> Evaluation:
-    """Ask ``loaded`` the questions of ``tasks``.
+    """Ask a loaded language model, causal or encoder-decoder, the questions of some tasks.
 
     Args:
-        loaded: a language model, causal or encoder-decoder.
         tasks: names, or what :func:`prepare_tasks` made of them.
         options: lm-eval's; None for its defaults.
         include_path: see :func:`prepare_tasks`.
@@ -161,12 +202,12 @@ def evaluate_tasks(
     """
     options = options or TaskOptions()
     if loaded.form == "images":
-        raise EPMQInputError(
-            f"`--tasks`: lm-eval asks language models; `{loaded.name}` "
-            f"({type(loaded.module).__name__}) reads images.",
-            code="EPMQ-F38",
-            subject="`--tasks`",
-            remedy="Use `--suite vision8`, or the benchmark of the paper's tables.",
+        raise _refused(
+            "--tasks",
+            f"are asked of language models; `{loaded.name}` ({type(loaded.module).__name__}) "
+            "reads images",
+            "Score its features with code of your own; `load_model` loads it.",
+            "EPMQ-F38",
         )
     if not isinstance(tasks, Tasks):
         tasks = prepare_tasks(tasks, include_path)
@@ -179,37 +220,28 @@ def evaluate_tasks(
         tokenizer=loaded.tokenizer,
         batch_size=options.batch_size,
     )
+    settings = asdict(options)
+    seed = settings.pop("seed")
     start = time.perf_counter()
     output = lm_eval.simple_evaluate(
         model=model,
         tasks=list(tasks.items),
         task_manager=tasks.manager,
-        num_fewshot=options.num_fewshot,
-        batch_size=options.batch_size,
-        limit=options.limit,
-        apply_chat_template=options.apply_chat_template,
-        confirm_run_unsafe_code=options.confirm_run_unsafe_code,
         log_samples=False,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        torch_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
+        **settings,
+        **dict.fromkeys(
+            ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
+        ),
     )
-    seconds = time.perf_counter() - start
+    del settings["confirm_run_unsafe_code"]  # decides no figure
     return Evaluation(
-        harness=HARNESS,
-        model=loaded.described(),
+        harness="lm-eval",
+        model=loaded.facts(),
         measures=_measures(output),
-        settings={
-            "lm_eval": version("lm_eval"),
-            "tasks": list(tasks.names),
-            "limit": options.limit,
-            "num_fewshot": options.num_fewshot,
-            "batch_size": options.batch_size,
-            "apply_chat_template": options.apply_chat_template,
-            "seed": options.seed,
-        },
-        seconds=seconds,
+        settings={"lm_eval": version("lm_eval"), "tasks": list(tasks.names)}
+        | settings
+        | {"seed": seed},
+        seconds=time.perf_counter() - start,
     )
 
 
@@ -217,21 +249,16 @@ def _measures(output: dict[str, Any]) -> list[Measure]:
     counts, subtasks = output.get("n-samples", {}), output.get("group_subtasks", {})
     measures = []
     for task, entries in output["results"].items():
-        is_group = bool(subtasks.get(task))
-        members = subtasks[task] if is_group else [task]
-        items = sum(counts.get(member, {}).get("effective", 0) for member in members)
-        better = output.get("higher_is_better", {}).get(task, {})
+        members = subtasks.get(task)  # of a group
+        items = sum(counts.get(name, {}).get("effective", 0) for name in members or [task])
+        details = {
+            "num_fewshot": output.get("n-shot", {}).get(task),
+            "version": output.get("versions", {}).get(task),
+        } | ({"group": list(members)} if members else {})
         for key, value in entries.items():
             metric, comma, filtered = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
-            details = {
-                "filter": filtered,
-                "num_fewshot": output.get("n-shot", {}).get(task),
-                "version": output.get("versions", {}).get(task),
-            }
-            if is_group:
-                details["group"] = list(members)
             measures.append(
                 Measure(
                     task=task,
@@ -239,8 +266,8 @@ def _measures(output: dict[str, Any]) -> list[Measure]:
                     value=_number(value),
                     stderr=_number(entries.get(f"{metric}_stderr,{filtered}")),
                     items=items,
-                    higher_is_better=better.get(metric),
-                    details=details,
+                    higher_is_better=output.get("higher_is_better", {}).get(task, {}).get(metric),
+                    details={"filter": filtered} | details,
                 )
             )
     return measures

@@ -14,11 +14,11 @@ from ..calibration.row_forms import form_of
 from ..errors import EPMQInputError
 from ..io.checkpoints import Checkpoint, check_folder, resolve_source
 from ..io.folders import read_json
-from .dense import make_dense, packed_names
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WHAT = "the model"
-_CLIP = ("clip", "clip_vision_model")
+# Tensors of a packed layer in a checkpoint; its bias stays an ordinary tensor.
+_PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Loaded:
         revision: the commit of a hub id, else None.
         form: kind of its inputs: "text", "images" or "pairs".
         quantization: None of a full-precision model; else method, bits, group size and what
-            computes ("dense" or the host's kernel).
+            computes ("dense" or GPTQModel's kernel).
         dtype: of the computation.
     """
 
@@ -66,8 +66,8 @@ class Loaded:
                 ) from error
         return self._tokenizer
 
-    def described(self) -> dict[str, Any]:
-        """Plain data for a report."""
+    def facts(self) -> dict[str, Any]:
+        """Plain data about the model, for a file of results."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -78,13 +78,14 @@ class Loaded:
             "device": str(next(self.module.parameters()).device),
         }
 
-
-def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The quantization that a checkpoint declares, None of one in full precision."""
-    declared = config.get("quantization_config")
-    if declared is None and (path / "quantize_config.json").is_file():
-        declared = read_json(path, "quantize_config.json", _WHAT)
-    return declared if isinstance(declared, dict) else None
+    def summary(self) -> str:
+        """One line about the model."""
+        how = "full precision"
+        if self.quantization is not None:
+            how = (
+                "{method}, {bits} bits, groups of {group_size}, computed by {kernel}"
+            ).format_map(self.quantization)
+        return f"{self.name}: {type(self.module).__name__}, {how}, {self.dtype}"
 
 
 def load_model(
@@ -94,14 +95,15 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     dense: bool | None = None,
 ) -> Loaded:
-    """Load ``spec`` for evaluation.
+    """Load a model for evaluation: a language model, T5 or CLIP, quantized or not.
 
     Args:
         spec: folder or hub id ``org/name[@revision]`` with safetensors weights.
         device: None for a GPU where torch sees one.
         dtype: of the computation; None for float32 on a CPU, else that of the checkpoint.
         dense: of a quantized model, compute with its dequantized weights in ``dtype`` and not with
-            the host's kernel. None for dense on a CPU, where the kernels know half precision only.
+            GPTQModel's kernel. None for dense on a CPU, where the kernels know half precision only:
+            slow on many CPUs, and an error of their own in every quantized row of a table.
 
     Raises:
         EPMQInputError: it cannot be had or read, is quantized by another method than GPTQ or AWQ,
@@ -114,11 +116,19 @@ def load_model(
     check_folder(source.path, what=_WHAT)
     checkpoint = Checkpoint(source.path, what=_WHAT)
     config = checkpoint.config()
-    quantization = quantization_of(source.path, config)
+    quantization = _quantization_of(source.path, config)
     if quantization is None:
-        module = _full_precision(source.path, config, dtype).to(device)
+        module = architecture_of(config).from_pretrained(
+            source.path, dtype="auto" if dtype is None else dtype, local_files_only=True
+        )
+        module = module.to(device)
     else:
-        module, quantization = _quantized(checkpoint, config, quantization, device, dtype, dense)
+        module = _packed_module(checkpoint, config, quantization["method"], device, dtype, dense)
+        kernels = {type(layer).__name__ for layer in packed_layers(module).values()}
+        quantization["linears"] = len(packed_layers(module))
+        quantization["kernel"] = "dense" if dense else ", ".join(sorted(kernels))
+        if dense:
+            _make_dense(module, checkpoint, dtype or torch.float32)
     checkpoint.close()
     module = module.eval()
     return Loaded(
@@ -142,9 +152,7 @@ def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype | None:
                 remedy="Leave it out for float32 on a CPU and the checkpoint's own on a GPU.",
             )
         return DTYPES[dtype]
-    if dtype is None and device == "cpu":
-        return torch.float32
-    return dtype
+    return torch.float32 if dtype is None and device == "cpu" else dtype
 
 
 def architecture_of(config: dict[str, Any]) -> type[torch.nn.Module]:
@@ -168,22 +176,13 @@ def architecture_of(config: dict[str, Any]) -> type[torch.nn.Module]:
     return known
 
 
-def _full_precision(
-    path: Path, config: dict[str, Any], dtype: torch.dtype | None
-) -> torch.nn.Module:
-    return architecture_of(config).from_pretrained(
-        path, dtype="auto" if dtype is None else dtype, local_files_only=True
-    )
-
-
-def _quantized(
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    declared: dict[str, Any],
-    device: str,
-    dtype: torch.dtype | None,
-    dense: bool,
-) -> tuple[torch.nn.Module, dict[str, Any]]:
+def _quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint declares of its quantization; None of one in full precision."""
+    declared = config.get("quantization_config")
+    if declared is None and (path / "quantize_config.json").is_file():
+        declared = read_json(path, "quantize_config.json", _WHAT)  # AutoGPTQ wrote no other
+    if not isinstance(declared, dict):
+        return None
     method = str(declared.get("quant_method") or declared.get("method") or "").lower()
     if method not in ("gptq", "awq"):
         raise EPMQInputError(
@@ -193,45 +192,85 @@ def _quantized(
             subject=_WHAT,
             remedy="Give a GPTQ or AWQ checkpoint, or the model in full precision.",
         )
-    # `.host` first: it settles how many workers GPTQModel may start, and adds our definitions.
+    kept = ("bits", "group_size", "sym", "desc_act")
+    return {"method": method} | {name: declared.get(name) for name in kept}
+
+
+def _packed_module(
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    method: str,
+    device: str,
+    dtype: torch.dtype | None,
+    dense: bool,
+) -> torch.nn.Module:
+    """The transformers model as GPTQModel loads it, its linear layers packed."""
+    # Ours first: it settles how many workers GPTQModel may start, and adds our definitions.
     from ..host.door import install
 
     install()
-    # The kernel holds half precision; what is dense is read again in its own.
+    from gptqmodel import BACKEND, GPTQModel
+
+    from ..host.definitions.loading import load_clip
+    from ..host.remote_code import distrusted
+
+    # The kernels hold half precision; what will be dense is read again in its own.
     half = dtype or DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
     if half not in (torch.float16, torch.bfloat16):
         half = torch.bfloat16 if method == "awq" and device == "cpu" else torch.float16
-    module = _host_module(checkpoint.path, config, method, device, half, dense)
-    kernels = {type(module.get_submodule(name)).__name__ for name in packed_names(module)}
-    facts = {
-        "method": method,
-        "bits": declared.get("bits"),
-        "group_size": declared.get("group_size"),
-        "sym": declared.get("sym"),
-        "desc_act": declared.get("desc_act"),
-    }
-    if dense:
-        facts["linears"] = make_dense(module, checkpoint, dtype or torch.float32)
-        facts["kernel"] = "dense"
-    else:
-        facts["linears"] = len(packed_names(module))
-        facts["kernel"] = ", ".join(sorted(kernels))
-    return module, facts
-
-
-def _host_module(
-    path: Path, config: dict[str, Any], method: str, device: str, dtype: torch.dtype, dense: bool
-) -> torch.nn.Module:
-    from gptqmodel import BACKEND, GPTQModel
-
-    from ..host.remote_code import distrusted
-
     backend = BACKEND.AUTO
     if dense or device == "cpu":
         backend = BACKEND.AWQ_TORCH if method == "awq" else BACKEND.GPTQ_TORCH
-    if config.get("model_type") in _CLIP:
-        from ..host.definitions.loading import load_clip
-
-        return load_clip(path, device=device, dtype=dtype, backend=backend)
+    options = {"device": device, "dtype": half, "backend": backend}
+    if form_of(config).name == "images":
+        return load_clip(checkpoint.path, **options)
     with distrusted():
-        return GPTQModel.load(os.fspath(path), device=device, dtype=dtype, backend=backend).model
+        return GPTQModel.load(os.fspath(checkpoint.path), **options).model
+
+
+def packed_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Name → module of every linear layer of a model that GPTQModel holds packed."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "qweight", None), torch.Tensor)
+    }
+
+
+def _dequantized(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight of a packed layer, ``(out, in)`` float32, as GPTQModel dequantizes it."""
+    if hasattr(layer, "dequantize_weight"):
+        # The class's own: on the instance the host puts one that torch.compile takes seconds for.
+        return type(layer).dequantize_weight(layer).T.float().contiguous()
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    weight = dequantize_gemm(
+        layer.qweight, layer.qzeros, layer.scales.float(), layer.bits, layer.group_size
+    )
+    return weight.T.float().contiguous()
+
+
+@torch.no_grad()
+def _make_dense(model: torch.nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Replace every packed layer by a dense one with the weights that it stands for, in place."""
+    # GPTQModel's own `dequantize_model` does it for GPTQ alone, and in float16.
+    for name, layer in packed_layers(model).items():
+        dense = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        dense.weight.data = _dequantized(layer)
+        if layer.bias is not None:
+            dense.bias.data = layer.bias.float()
+        model.set_submodule(name, dense)
+    # Not `model.to`: it would round rotary frequencies, which transformers keeps in float32.
+    state = model.state_dict(keep_vars=True)
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    # GPTQModel loads in half precision; what the checkpoint holds in more is read again.
+    for name in checkpoint:
+        if checkpoint.info(name).torch_dtype is None or name.rpartition(".")[2] in _PACKED:
+            continue
+        # transformers 5 dropped this prefix of CLIP's vision tower; checkpoints of the hub have it.
+        names = (name, name.removeprefix("vision_model."), f"vision_model.{name}")
+        target = next((state[own] for own in names if own in state), None)
+        if target is not None and tuple(target.shape) == checkpoint.info(name).shape:
+            target.copy_(checkpoint.read(name))

@@ -189,9 +189,9 @@ def test_mistakes_are_exceptions_and_nobody_is_asked(family, rows, tmp_path, mon
     with pytest.raises(EPMQInputError, match="`beta` is not an option"):
         epmq_gptq.quantize(merged, out=out, experts=experts, calibration=rows, settings={"beta": 1})
     with pytest.raises(EPMQInputError, match=r"`evaluate`: `limmit`.*Did you mean `limit`"):
-        epmq_gptq.evaluate(merged, suite="text4", limmit=3)
+        epmq_gptq.evaluate(merged, "hellaswag", limmit=3)
     with pytest.raises(EPMQInputError, match="there is nothing to evaluate on"):
-        epmq_gptq.evaluate(merged)
+        epmq_gptq.evaluate(merged, [])
     assert not out.exists()
 
 

@@ -378,7 +378,7 @@ def test_methods_lists_papers_and_parameters():
 def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     import epmq_gptq.evaluation.demo
     from epmq_gptq.evaluation.demo.domains import DOMAINS
-    from epmq_gptq.evaluation.demo.options import DemoResult, Score
+    from epmq_gptq.evaluation.demo.table import DemoResult, Score
 
     seen = {}
 

@@ -80,8 +80,7 @@ def test_bash_itself_completes(tmp_path):
     [
         ("epmq-gptq me", ["merge", "methods"]),
         ("epmq-gptq merge --method ties", ["ties", "ties_per_tensor"]),
-        ("epmq-gptq evaluate m --suite v", ["vision8"]),
-        ("epmq-gptq evaluate m --split h", ["held_out"]),
+        ("epmq-gptq evaluate m --dtype b", ["bfloat16"]),
         ("epmq-gptq inspect r.yaml --verify ", ["headers", "sample", "full"]),
         ("epmq-gptq quantize m --dtype fl", ["float32", "float16"]),
         ("epmq-gptq quantize m --device c", ["cpu", "cuda"]),
@@ -128,10 +127,8 @@ def test_the_names_are_those_of_the_registries():
     from epmq_gptq.method.target import ANCHORS
     from epmq_gptq.method.weighting import WEIGHTINGS
     from epmq_gptq.recipe import DTYPES
-    from epmq_gptq.suites import SPLITS, SUITES
 
     assert tuple(merge_methods()) == completion.MERGE_METHODS
-    assert SUITES == completion.SUITES and set(SPLITS) >= set(completion.SPLITS)
     assert DEVICES == completion.DEVICES and DTYPES == completion.DTYPES
     assert tuple(VERIFY) == completion.VERIFY
     assert set(completion.SETTINGS) <= {each.name for each in dataclasses.fields(EPMQConfig)}

@@ -130,12 +130,8 @@ def test_command_pipes_json(merged, tasks_folder):
     ("arguments", "part"),
     [
         ([], "nothing to evaluate on"),
-        (["--suite", "vision9"], "vision9"),
-        (["--suite", "text4", "--suite", "vision8", "--tasks", "code"], "got several"),
         (["--tasks", "x", "--limit", "0"], "should be positive"),
         (["--tasks", "x", "--batch-size", "many"], "positive integer"),
-        (["--suite", "text4", "--split", "train"], "`--split`"),
-        (["--suite", "text4", "--batch-size", "auto"], "positive integer"),
     ],
 )
 def test_command_refuses(merged, arguments, part):

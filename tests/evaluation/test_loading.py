@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from epmq_gptq import EPMQInputError
 from epmq_gptq.evaluation import load_model
-from epmq_gptq.evaluation.dense import packed_names
+from epmq_gptq.evaluation.loading import packed_layers
 
 IDS = torch.arange(4, 36)[None]
 
@@ -37,7 +37,7 @@ def test_dense_agrees_with_the_kernel(method, checkpoints, merged):
     assert dense.quantization["method"] == ("awq" if method == "awq" else "gptq")
     assert dense.quantization["bits"] == 4 and dense.quantization["group_size"] == 32
     assert dense.quantization["linears"] == kernel.quantization["linears"] == 14
-    assert not packed_names(dense.module) and len(packed_names(kernel.module)) == 14
+    assert not packed_layers(dense.module) and len(packed_layers(kernel.module)) == 14
     exact, half = logits(dense.module), logits(kernel.module)
     unrounded = logits(load_model(merged, device="cpu").module)
     rounding = (exact - unrounded).abs().max()

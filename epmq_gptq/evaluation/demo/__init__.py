@@ -10,13 +10,13 @@ from contextlib import nullcontext
 from rich.console import Console
 
 from ...io.console import HostOutput, captured
-from .options import DemoOptions, DemoResult
+from .table import DemoOptions, DemoResult
 
 __all__ = ["DemoOptions", "DemoResult", "run_demo"]
 
 
 def run_demo(options: DemoOptions, console: Console, *, quiet: bool = True) -> DemoResult:
-    """Run the demo and print its table on ``console``; what it says is reported as it is.
+    """Run the demo and print its table on ``console``.
 
     Args:
         quiet: keep GPTQModel's own output off the terminal.
@@ -26,9 +26,8 @@ def run_demo(options: DemoOptions, console: Console, *, quiet: bool = True) -> D
     """
     # The stream it writes to now, whatever happens to `sys.stdout` meanwhile.
     console.file = console.file
-    with (
-        captured(HostOutput()) if quiet else nullcontext()
-    ):  # from here on: much of the noise comes from importing
+    # From here on, because much of the host's noise comes from importing it.
+    with captured(HostOutput()) if quiet else nullcontext():
         from .run import Demo
 
         return Demo(options, console).run()

@@ -21,9 +21,6 @@ from functools import lru_cache
 
 from ...errors import EPMQInputError
 
-# Part of the cache key: raise it whenever the text, the splits or the problems change.
-DATA_VERSION = 1
-
 DOMAINS = ("code", "prose", "arithmetic", "sorting")
 GENERATED = ("arithmetic", "sorting")
 SPLITS = ("train", "calibration", "evaluation")
@@ -123,15 +120,6 @@ def _paragraphs(text: str) -> list[str]:
     return found
 
 
-def _topics() -> dict[str, str]:
-    """The language reference that `help()` shows; some distributions leave it out."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        return {}
-    return dict(topics)
-
-
 @lru_cache(maxsize=1)
 def _library(max_chars: int) -> tuple[dict[str, str], dict[str, str]]:
     """(code, prose) documents by name, at most ``max_chars`` characters of each."""
@@ -156,7 +144,11 @@ def _library(max_chars: int) -> tuple[dict[str, str], dict[str, str]]:
         paragraphs = [paragraph for text in docstrings for paragraph in _paragraphs(text)]
         if paragraphs:
             prose[name] = "\n".join(paragraphs) + "\n"
-    for topic, text in sorted(_topics().items()):
+    try:  # the language reference that `help()` shows; some distributions leave it out
+        from pydoc_data.topics import topics
+    except ImportError:
+        topics = {}
+    for topic, text in sorted(topics.items()):
         paragraphs = _paragraphs(text)
         if paragraphs:
             prose[f"help:{topic}"] = "\n".join(paragraphs) + "\n"

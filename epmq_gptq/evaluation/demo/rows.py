@@ -1,17 +1,19 @@
-"""Token rows with what is scored in them, and the tokenizer that makes them."""
+"""Token rows, the tokenizer that makes them, and how well a model predicts them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .domains import DOMAINS, GENERATED, Problem, documents, problems
+from .domains import GENERATED, Problem, documents, problems
+from .table import Score
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 IGNORED = -100  # torch's own ignore_index
@@ -77,11 +79,14 @@ def problem_rows(
     tokenizer: PreTrainedTokenizerFast, source: Iterable[Problem], count: int, length: int
 ) -> list[Row]:
     """``count`` rows of whole problems, each at most ``length`` tokens; the answers are scored."""
-    # A prompt and its answer are encoded apart, as they are when a server completes the prompt.
-    encode = _cached_encoder(tokenizer)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
     rows: list[Row] = []
     ids, spans = [tokenizer.bos_token_id], []
     for problem in source:
+        # Encoded apart, as they are when a server completes the prompt.
         prompt, answer = encode(problem.prompt), encode(problem.answer + "\n")
         if len(ids) + len(prompt) + len(answer) > length:
             rows.append(Row(tuple(ids), tuple(spans)))
@@ -92,15 +97,6 @@ def problem_rows(
         spans.append((len(ids), len(ids) + len(answer)))
         ids += answer
     return rows
-
-
-def _cached_encoder(tokenizer: PreTrainedTokenizerFast):
-    backend = tokenizer.backend_tokenizer
-
-    def encode(text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids
-
-    return encode
 
 
 def domain_rows(
@@ -138,12 +134,22 @@ def collate(rows: Iterable[Row], pad_id: int) -> tuple[torch.Tensor, torch.Tenso
     return torch.tensor(ids), torch.tensor(labels)
 
 
-__all__ = [
-    "DOMAINS",
-    "Row",
-    "collate",
-    "domain_rows",
-    "problem_rows",
-    "text_rows",
-    "train_tokenizer",
-]
+@torch.inference_mode()
+def score(model: torch.nn.Module, rows: Sequence[Row], pad_id: int, batch_size: int = 16) -> Score:
+    """Score ``model`` (anything called with ``input_ids`` that returns ``logits``) on ``rows``."""
+    total, tokens, right, spans = 0.0, 0, 0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        ids, labels = collate(batch, pad_id)
+        # Padding is on the right and attention is causal: no scored token sees it, no mask needed.
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        targets = labels[:, 1:]
+        total += F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        ).item()
+        tokens += int((targets != IGNORED).sum())
+        hits = logits.argmax(-1) == ids[:, 1:]  # hits[b, t] is about token t + 1
+        for hit, row in zip(hits, batch, strict=True):
+            right += sum(bool(hit[a - 1 : b - 1].all()) for a, b in row.spans)
+            spans += len(row.spans)
+    return Score(total / tokens, right / spans)

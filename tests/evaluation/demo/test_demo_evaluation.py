@@ -9,10 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from epmq_gptq.evaluation.demo.evaluation import score
-from epmq_gptq.evaluation.demo.options import DemoResult, Score
-from epmq_gptq.evaluation.demo.rows import Row
-from epmq_gptq.evaluation.demo.table import result_table
+from epmq_gptq.evaluation.demo.rows import Row, score
+from epmq_gptq.evaluation.demo.table import DemoResult, Score, result_table
 
 
 class Successor(torch.nn.Module):

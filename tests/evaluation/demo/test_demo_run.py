@@ -63,7 +63,7 @@ def test_quick_demo(tmp_path, monkeypatch):
 
     with pytest.raises(EPMQInputError, match="should be new or empty"):
         run_demo(options, Console(file=screen))
-    before = sorted(path.name for path in (tmp_path / "cache" / "demo").iterdir())
+    before = sorted(path.name for path in (tmp_path / "cache").iterdir())
     for wrong, message in (
         ({"bits": 9}, "`bits` should be one of"),
         ({"group_size": 48}, "`group_size` should be one of"),
@@ -74,6 +74,6 @@ def test_quick_demo(tmp_path, monkeypatch):
         with pytest.raises(EPMQInputError, match=message):
             run_demo(other, Console(file=screen))
     # Refused before any training.
-    assert sorted(path.name for path in (tmp_path / "cache" / "demo").iterdir()) == before
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before
     with pytest.raises(EPMQInputError, match="`awq` cannot go with `quick`"):
         run_demo(replace(options, out=tmp_path / "other", awq=True), Console(file=screen))

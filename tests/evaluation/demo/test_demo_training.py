@@ -1,33 +1,33 @@
-"""Training learns, and its cache holds whole models or none."""
+"""Training learns, and its folder is reused when it is complete."""
 
 import json
 from dataclasses import replace
 
 import pytest
-import torch
 
-from epmq_gptq.evaluation.demo.cache import cache_folder, cache_key, trained_models
 from epmq_gptq.evaluation.demo.domains import DOMAINS
-from epmq_gptq.evaluation.demo.plan import FULL, QUICK
 from epmq_gptq.evaluation.demo.rows import domain_rows, train_tokenizer
-from epmq_gptq.evaluation.demo.training import new_model, train
+from epmq_gptq.evaluation.demo.train import (
+    FULL,
+    QUICK,
+    cache_folder,
+    folder_name,
+    made_once,
+    new_model,
+    one_thread,
+    train,
+    trained_models,
+)
 
 TINY = replace(QUICK, base_steps=2, expert_steps=1, train_rows=16)
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_the_loss_decreases(one_thread):
+def test_the_loss_decreases():
     tokenizer = train_tokenizer(QUICK.vocab_size, max_chars=QUICK.tokenizer_chars)
     rows = domain_rows(tokenizer, "sorting", "train", count=50, length=64, seed=0)
     model = new_model(QUICK, tokenizer)
-    losses = train(model, [rows], steps=30, lr=3e-3, batch_size=8, seed="0")
+    with one_thread():
+        losses = train(model, [rows], steps=30, lr=3e-3, batch_size=8, seed="0")
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     assert not model.training
 
@@ -39,62 +39,41 @@ def test_full_models_are_servable():
         assert plan.hidden_size % 32 == plan.intermediate_size % 32 == 0
 
 
-def test_models_are_trained_once(tmp_path, one_thread):
+def test_models_are_trained_once(tmp_path):
     first = trained_models(TINY, tmp_path)
     again = trained_models(TINY, tmp_path)
     assert first.trained and not again.trained
     assert list(again.experts) == list(DOMAINS)
     for folder in (again.base, *again.experts.values()):
         assert (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file()
-    assert (
-        len(again.tokenizer()) == json.loads((again.base / "config.json").read_text())["vocab_size"]
-    )
+    config = json.loads((again.base / "config.json").read_text())
+    assert len(again.tokenizer()) == config["vocab_size"]
     assert again.parameters == first.parameters > 0
 
 
-def stub(plan, out, progress):
-    for name in ("base", *DOMAINS):
-        (out / name).mkdir()
-    return 7
+def test_a_folder_that_is_not_complete_is_made_again(tmp_path):
+    folder = tmp_path / "models"
 
-
-def test_a_training_that_dies_leaves_nothing(tmp_path):
-    def dies(plan, out, progress):
-        (out / "base").mkdir()
+    def dies(out):
+        (out / "half").write_text("x")
         raise KeyboardInterrupt
 
+    def made(out):
+        (out / "whole").write_text("x")
+        return {"parameters": 7}
+
     with pytest.raises(KeyboardInterrupt):
-        trained_models(TINY, tmp_path, train=dies)
-    assert list((tmp_path / "demo").iterdir()) == []
-    assert trained_models(TINY, tmp_path, train=stub).trained
+        made_once(folder, dies)
+    facts, now = made_once(folder, made)
+    assert now and facts["parameters"] == 7 and not (folder / "half").exists()
+    assert made_once(folder, dies) == (facts, False)
+    assert made_once(folder, lambda out: {"parameters": 8}, again=True)[0]["parameters"] == 8
+    assert not (folder / "whole").exists()
 
 
-def test_of_two_at_once_the_first_wins(tmp_path):
-    def overtaken(plan, out, progress):
-        trained_models(TINY, tmp_path, train=stub)  # another process gets there first
-        stub(plan, out, progress)
-        return 8
-
-    models = trained_models(TINY, tmp_path, train=overtaken)
-    assert models.parameters == 7
-    assert [p.name for p in (tmp_path / "demo").iterdir()] == [cache_key(TINY)]
-
-
-def test_retrain_replaces(tmp_path):
-    trained_models(TINY, tmp_path, train=stub)
-
-    def other(plan, out, progress):
-        stub(plan, out, progress)
-        return 9
-
-    assert trained_models(TINY, tmp_path, train=other).parameters == 7
-    assert trained_models(TINY, tmp_path, retrain=True, train=other).parameters == 9
-    assert [p.name for p in (tmp_path / "demo").iterdir()] == [cache_key(TINY)]
-
-
-def test_the_key_depends_on_what_decides_the_models():
-    assert cache_key(FULL) == cache_key(replace(FULL))
-    assert len({cache_key(r) for r in (FULL, QUICK, replace(FULL, seed=1))}) == 3
+def test_the_name_depends_on_what_decides_the_models():
+    assert folder_name("demo", FULL) == folder_name("demo", replace(FULL))
+    assert len({folder_name("demo", r) for r in (FULL, QUICK, replace(FULL, seed=1))}) == 3
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):

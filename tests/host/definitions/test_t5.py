@@ -12,7 +12,7 @@ from judge import codes, dequantized, gptq64, stored
 from safetensors.torch import load_file
 
 from epmq_gptq import EPMQConfig
-from epmq_gptq.evaluation.demo.hosting import reload
+from epmq_gptq.evaluation import load_model
 from epmq_gptq.method.target import objective
 
 BITS, GROUP, ALPHA = 4, 32, 0.1
@@ -189,7 +189,7 @@ def test_what_is_not_quantized_stays_bit_for_bit(case):
 
 
 def test_the_saved_model_speaks_as_its_weights_say(case):
-    model = reload(case.out)
+    model = load_model(case.out, device="cpu").module
     expected = t5_models.dense(case.merged, case.weights, torch.float32)
     row = case.rows["expert0"][0]
     with torch.no_grad():

@@ -15,7 +15,7 @@ from judge import codes, dequantized, stored
 from safetensors.torch import load_file
 
 from epmq_gptq import EPMQConfig, EPMQInputError
-from epmq_gptq.evaluation.demo.hosting import reload
+from epmq_gptq.evaluation import load_model
 from epmq_gptq.host.definitions.t5_rows import batches_of_pairs
 
 GRID = {"bits": 4, "group_size": 32, "offload_to_disk": False}
@@ -60,7 +60,7 @@ def test_gptq_and_rtn(merged, tmp_path, method):
     assert all(torch.equal(before[name], after[name]) for name in kept)
     for name, W in weights.items():
         assert relative(W, before[f"{name}.weight"].double()) < 0.3, name
-    model = reload(tmp_path / "out")
+    model = load_model(tmp_path / "out", device="cpu").module
     expected = t5_models.dense(merged, weights, torch.float32)
     assert relative(logits(model), logits(expected)) < 3e-3
     ids = torch.tensor([ROWS[0]["input_ids"]])
@@ -111,7 +111,9 @@ def test_experts_in_bfloat16(flan, tmp_path):
     for name, W in weights.items():
         assert relative(W, before[f"{name}.weight"].double()) < 0.3, name
     expected = t5_models.dense(merged, weights, torch.float32)
-    assert relative(logits(reload(tmp_path / "out")), logits(expected)) < 0.01
+    assert (
+        relative(logits(load_model(tmp_path / "out", device="cpu").module), logits(expected)) < 0.01
+    )
 
 
 # ---- rows --------------------------------------------------------------------------------------

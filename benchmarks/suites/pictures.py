@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import EPMQInputError
+from epmq_gptq.errors import EPMQInputError
 
 SIZE = 32
 _LETTERS = "ABCDEFGHKR"

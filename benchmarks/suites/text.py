@@ -6,9 +6,7 @@ are scored by whole answers.
 
 from __future__ import annotations
 
-import dataclasses
 import random
-import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,19 +17,13 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ..evaluation.demo.cache import trained_models
-from ..evaluation.demo.domains import DOMAINS, GENERATED, documents, problems
-from ..evaluation.demo.evaluation import score
-from ..evaluation.demo.plan import FULL, QUICK, TrainingPlan
-from ..evaluation.demo.rows import Row, problem_rows, text_rows
-from .suite import Progress, Score, Suite, device_of
+from epmq_gptq.evaluation.demo.domains import DOMAINS, GENERATED, documents, problems
+from epmq_gptq.evaluation.demo.rows import Row, problem_rows, score, text_rows
+from epmq_gptq.evaluation.demo.train import plan_of
+
+from .suite import Score, Suite, device_of
 
 EVALUATION_ROWS = 64
-
-
-def plan(seed: int, quick: bool) -> TrainingPlan:
-    """The demo's plan; with seed 0 these are the demo's own models."""
-    return dataclasses.replace(QUICK if quick else FULL, seed=seed)
 
 
 def rows(
@@ -80,7 +72,7 @@ class Text4(Suite):
         return _tokenizer(self.base)
 
     def _rows(self, task: str, split: str, count: int, seed: int = 0) -> list[Row]:
-        length = plan(self.seed, self.quick).row_length
+        length = plan_of(self.seed, self.quick).row_length
         return rows(self.tokenizer, task, split, 1000 * self.seed + seed, count, length)
 
     def _score(self, model: torch.nn.Module, task: str, split: str, batch_size: int) -> Score:
@@ -104,11 +96,3 @@ def _on(model: torch.nn.Module):
 @lru_cache(maxsize=8)
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def train(
-    settings: TrainingPlan, out: Path, device: torch.device, progress: Progress, cache: Path
-) -> None:
-    """The demo's models, trained on the CPU as the demo does, or from its part of the cache."""
-    models = trained_models(settings, cache, progress=progress)
-    shutil.copytree(models.base.parent, out, dirs_exist_ok=True)

@@ -20,8 +20,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .pictures import CLASSES, SIZE, pictures
-from .suite import Progress, Score, Suite, device_of, dtype_of
-from .training import Schedule, train_family
+from .suite import Score, Suite, device_of, dtype_of
+from .training import Progress, Schedule, train_family
 
 HEADS = "class_embeddings.safetensors"
 LOGIT_SCALE = 16.0
@@ -128,9 +128,7 @@ class Vision8(Suite):
         return Score(100 * right, F.cross_entropy(out, labels).item(), len(labels))
 
 
-def train(
-    plan: VisionPlan, out: Path, device: torch.device, progress: Progress, cache: Path
-) -> None:
+def train(plan: VisionPlan, out: Path, device: torch.device, progress: Progress) -> None:
     """Train the base and the experts of a plan and save them, and the class embeddings."""
     heads = class_embeddings(plan)
     save_file(heads, out / HEADS)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from ..errors import EPMQInputError
+from epmq_gptq.errors import EPMQInputError
 
 # No item is in two of them. `held_out` is for choosing options, `evaluation` for the tables.
 SPLITS = ("train", "calibration", "held_out", "evaluation")
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)

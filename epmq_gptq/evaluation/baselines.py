@@ -1,14 +1,14 @@
-"""RTN, GPTQ, AWQ and E-PMQ of one merge, run alike: the host's own baselines and ours.
+"""RTN, GPTQ, AWQ and E-PMQ of one merge, run alike: GPTQModel's own quantizers and ours.
 
-What a table compares is decided here: all methods get the same bits, groups and calibration rows,
-the baselines all of them pooled.
+What a table compares is decided here: every method is given the same bits, groups and calibration
+rows, the baselines all rows pooled. Everything else is each method's default.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +21,29 @@ METHODS = ("RTN", "GPTQ", "AWQ", "E-PMQ")
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """What every method is given alike, and E-PMQ's anchor.
+    """What every method is given alike, and what E-PMQ is given beside it.
 
     Attributes:
         bits, group_size: of the weights.
-        alpha: E-PMQ's anchor, None for that of its profile; the others have none.
         batch_size: rows per forward pass.
         device: where it runs.
+        dtype: that the merge is loaded in; of AWQ always bfloat16.
         options: more options of ``EPMQConfig``.
     """
 
     bits: int = 4
     group_size: int = 32
-    alpha: float | str | None = None
     batch_size: int = 8
     device: str = "cpu"
-    options: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What a run took.
-
-    Attributes:
-        load_seconds, seconds, save_seconds: of loading, of ``quantize`` alone, and of saving.
-        bytes: of the saved folder.
-    """
-
-    load_seconds: float
-    seconds: float
-    save_seconds: float
-    bytes: int
+    dtype: torch.dtype = torch.float32
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def host_config(method: str, experts: Mapping[str, Path], settings: QuantizeSettings):
-    """The host's configuration of ``method``, or ours; defaults where nothing is said."""
-    from .. import EPMQConfig  # isort: skip
+    """The configuration that GPTQModel is given for ``method``."""
     from gptqmodel import AWQConfig, GPTQConfig, RTNConfig
+
+    from ..config import EPMQConfig
 
     common = {
         "bits": settings.bits,
@@ -66,8 +52,7 @@ def host_config(method: str, experts: Mapping[str, Path], settings: QuantizeSett
     }
     if method == "E-PMQ":
         named = {name: str(path) for name, path in experts.items()}
-        options = {"alpha": settings.alpha} | dict(settings.options or {})
-        return EPMQConfig(**common, experts=named, **options)
+        return EPMQConfig(**common, experts=named, **settings.options)
     return {"RTN": RTNConfig, "GPTQ": GPTQConfig, "AWQ": AWQConfig}[method](**common)
 
 
@@ -78,32 +63,36 @@ def quantize(
     calibration: Mapping[str, Sequence[Any]],
     settings: QuantizeSettings,
     out: Path,
-) -> Quantized:
+    *,
+    overwrite: bool = False,
+) -> float:
     """Quantize ``merged`` with ``method`` (one of ``METHODS``) and save it to ``out``.
 
     Args:
         merged: folder of the full-precision merge.
         experts: name → folder; read by E-PMQ alone.
-        calibration: name → rows in any form that the model reads.
+        calibration: name → rows in any form that the model reads; RTN reads none.
         settings: the same for all methods.
-        out: a new folder.
+        out: a new folder; of E-PMQ with ``overwrite`` also one to replace.
+
+    Returns:
+        Seconds of the quantization alone, without loading and saving.
 
     Raises:
-        EPMQInputError: the host does not know this combination, or an input of E-PMQ is refused.
+        EPMQInputError: GPTQModel does not know this combination, or an input of E-PMQ is refused.
     """
     from ..host.door import install
 
     install()  # first: it settles how many workers the host may start
     from gptqmodel import BACKEND, GPTQModel
 
-    rows = {name: list(calibration[name]) for name in experts}
-    pooled = [row for name in experts for row in rows[name]]
-    dtype, options = torch.float32, {}
+    rows = {name: list(calibration.get(name, ())) for name in experts}
+    pooled = [row for own in rows.values() for row in own]
     data = {"RTN": None, "E-PMQ": rows}.get(method, pooled)  # the host refuses rows for RTN
+    dtype, options = settings.dtype, {}
     if method == "AWQ":
-        # On a CPU, 7.6 knows AWQ in bfloat16 and with its torch kernel only.
+        # 7.6 knows AWQ in half precision only, and on a CPU in bfloat16 with its torch kernel.
         dtype, options = torch.bfloat16, {"backend": BACKEND.AWQ_TORCH}
-    start = time.perf_counter()
     try:
         config = host_config(method, experts, settings)
         model = GPTQModel.load(str(merged), config, dtype=dtype, device=settings.device)
@@ -117,10 +106,8 @@ def quantize(
             subject=method,
             remedy="Choose bits and a group size that its kernels know.",
         ) from error
-    loaded = time.perf_counter()
+    start = time.perf_counter()
     model.quantize(data, batch_size=settings.batch_size, **options)
-    quantized = time.perf_counter()
-    model.save(str(out))
-    saved = time.perf_counter()
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Quantized(loaded - start, quantized - loaded, saved - quantized, size)
+    seconds = time.perf_counter() - start
+    model.save(str(out), **({"overwrite": True} if overwrite and method == "E-PMQ" else {}))
+    return seconds

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from .suite import SPLITS, Progress, Score, Suite, device_of
-from .training import Schedule, train_family
+from .suite import SPLITS, Score, Suite, device_of
+from .training import Progress, Schedule, train_family
 
 EVALUATION_ITEMS = 200
 QUICK_ITEMS = 40
@@ -261,9 +261,7 @@ def new_model(plan: PairsPlan, tokenizer: PreTrainedTokenizerFast) -> T5ForCondi
     return model
 
 
-def train(
-    plan: PairsPlan, out: Path, device: torch.device, progress: Progress, cache: Path
-) -> None:
+def train(plan: PairsPlan, out: Path, device: torch.device, progress: Progress) -> None:
     """Train the base and the experts of a plan and save them."""
     tokenizer = new_tokenizer()
     asked = [
