@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         requantize,
         retention,
     )
-    from .calibration.rows import RowSource
+    from .calibration.sources import RowSource
     from .config import EPMQConfig
     from .host.definitions.loading import load_clip
     from .report import ModuleReport, QuantizationReport
@@ -102,7 +102,7 @@ def __getattr__(name: str):
 
         return getattr(run_report, name)
     if name == "RowSource":
-        from .calibration.rows import RowSource
+        from .calibration.sources import RowSource
 
         return RowSource
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,94 +6,139 @@ Reading and checking it needs neither torch nor GPTQModel, so that a mistake is 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from .calibration.names import CalibrationBlock, recipe_calibration
-from .calibration.rows import DATA_FREE, RowSource, TaggedSource, is_seed, is_word
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from .calibration.sources import DATA_FREE, RowSource, TaggedSource, recipe_calibration
 from .errors import EPMQInputError
-from .io.declared import bad_option, is_count, shown
+from .io.declared import (
+    Count,
+    Declared,
+    Whole,
+    Word,
+    bad_option,
+    is_word,
+    ruled,
+    shown,
+    validated,
+)
 from .io.hub import parse_hub_id
-from .io.options import documented, from_mapping, option, to_mapping
 from .io.yaml_files import exists, parse_json, parse_yaml, resolve_path, write_yaml
 
 if TYPE_CHECKING:
     from .config import EPMQConfig
 
 RECIPE_VERSION = 1
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
+ModelName = Annotated[str, ruled("a folder or a hub id", is_word)]
 
 
-@dataclass(frozen=True)
-class MergeStep:
+class MergeStep(Declared):
     """How the merged model is made from the recipe's experts.
 
     Raises:
         EPMQInputError: an option of the wrong type; the method checks its own parameters.
     """
 
-    method: str = option(doc="merge method; `epmq-gptq methods` lists them")
-    base: str | None = option(None, doc="folder or hub id the experts were fine-tuned from")
-    parameters: dict[str, Any] = option(factory=dict, doc="options of the method")
-    keep: str | None = option(
-        None, doc="folder that keeps the merged model; default: a temporary one beside --out"
+    method: Word = Field(description="merge method; `epmq-gptq methods` lists them")
+    base: Word | None = Field(None, description="folder or hub id the experts were fine-tuned from")
+    parameters: dict[str, Any] = Field({}, description="options of the method")
+    keep: Word | None = Field(
+        None,
+        description="folder that keeps the merged model; default: a temporary one beside --out",
     )
 
-    def __post_init__(self) -> None:
-        for name in ("method", "base", "keep"):
-            value = getattr(self, name)
-            if (name == "method" or value is not None) and not is_word(value):
-                raise bad_option(name, "a non-empty string", value)
-        if not isinstance(self.parameters, Mapping):
-            raise bad_option(
-                "parameters", f"a mapping of options of `{self.method}`", self.parameters
-            )
 
-
-@dataclass
-class Recipe:
+class Recipe(Declared):
     """What ``epmq-gptq quantize`` runs.
 
     Paths stay as they are written; :meth:`place` and :meth:`source` resolve them against
-    ``folder``, which is that of the recipe's file and no part of the recipe.
+    :attr:`folder`, which is that of the recipe's file and no part of the recipe.
 
     Raises:
         EPMQInputError: naming the key, the rule, what was got and the remedy.
     """
 
-    experts: dict[str, str] = option(
-        doc="name -> folder or hub id `org/name@revision` of each model that was merged"
+    model_config = ConfigDict(frozen=False)
+
+    experts: dict[Word, ModelName] = Field(
+        description="name -> folder or hub id `org/name@revision` of each model that was merged"
     )
-    calibration: CalibrationBlock = option(
-        doc="expert -> file name, mapping of the options below, a list of these, or `data_free` "
-        "for an expert without rows; or one mapping with `expert_column` for all experts"
+    calibration: Any = Field(
+        description="expert -> file name, mapping of the options below, a list of these, or "
+        "`data_free` for an expert without rows; or one mapping with `expert_column` for all "
+        "experts"
     )
-    merged: str | None = option(None, doc="folder or hub id of the merged model")
-    merge: MergeStep | None = option(None, doc="instead of `merged`: merge the experts first")
-    quantize: dict[str, Any] = option(
-        factory=dict,
-        doc="any option of EPMQConfig: bits, group_size, profile, alpha, eta, rho, sym, desc_act, "
-        "dynamic, lm_head, on_bad_module, ...",
+    merged: ModelName | None = Field(None, description="folder or hub id of the merged model")
+    merge: MergeStep | None = Field(
+        None, description="instead of `merged`: merge the experts first"
     )
-    seed: int = option(0, doc="of the drawing of calibration rows (default 0)")
-    batch_size: int = option(1, doc="calibration rows per forward pass (default 1)")
-    dtype: str | None = option(
+    quantize: dict[str, Any] = Field(
+        {},
+        description="any option of EPMQConfig: bits, group_size, profile, alpha, eta, rho, sym, "
+        "desc_act, dynamic, lm_head, on_bad_module, ...",
+    )
+    seed: Whole = Field(0, description="of the drawing of calibration rows (default 0)")
+    batch_size: Count = Field(1, description="calibration rows per forward pass (default 1)")
+    dtype: Dtype | None = Field(
         None,
-        doc="of the computation: auto, float32, bfloat16, float16; default: float32 on a CPU, "
-        "GPTQModel's choice on a GPU",
+        description="of the computation: auto, float32, bfloat16, float16; default: float32 on a "
+        "CPU, GPTQModel's choice on a GPU",
     )
-    lineage: dict[str, Any] = option(
-        factory=dict,
-        doc="what is known of how `merged` was made; goes into the checkpoint's record "
+    lineage: dict[Any, Any] = Field(
+        {},
+        description="what is known of how `merged` was made; goes into the checkpoint's record "
         "(`--write-recipe` writes it)",
     )
-    version: int = option(RECIPE_VERSION, doc="of the recipe's format (1)")
-    folder: Path = field(default=Path(), compare=False, repr=False)
+    version: Whole = Field(RECIPE_VERSION, description="of the recipe's format (1)")
+    _folder: Path = PrivateAttr(default=Path())
 
-    def __post_init__(self) -> None:
-        if not is_count(self.version) or self.version != RECIPE_VERSION:
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _some_experts(cls, experts: Any) -> Any:
+        if not isinstance(experts, dict) or not experts:
+            raise EPMQInputError(
+                "`experts` should map at least one name to a folder or hub id, got "
+                f"{shown(experts)}.",
+                code="EPMQ-F20",
+                subject="`experts`",
+                remedy="For example `experts: {math: org/math-expert@revision}`.",
+            )
+        return experts
+
+    @field_validator("quantize")
+    @classmethod
+    def _no_own_places(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name, remedy in (
+            ("experts", "The experts belong at the top of the recipe."),
+            ("data_free", "Write `calibration: {name: data_free}` for an expert without rows."),
+        ):
+            if name in options:
+                raise EPMQInputError(
+                    f"`quantize.{name}` is no option of a recipe.",
+                    code="EPMQ-O02",
+                    subject=f"`quantize.{name}`",
+                    remedy=remedy,
+                )
+        return options
+
+    @field_validator("lineage")
+    @classmethod
+    def _writable(cls, lineage: dict[Any, Any]) -> dict[Any, Any]:
+        """It goes into the checkpoint's JSON, which is written after hours."""
+        try:
+            json.dumps(lineage, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            remedy = "Leave it out where it is not known."
+            raise bad_option("lineage", "data that JSON can hold", lineage, remedy) from error
+        return lineage
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.version != RECIPE_VERSION:
             raise bad_option(
                 "version",
                 f"{RECIPE_VERSION}",
@@ -101,38 +146,6 @@ class Recipe:
                 "This recipe was written for another version of epmq_gptq: use that one.",
                 "EPMQ-O04",
             )
-        self._check_experts()
-        self._check_merge()
-        self.calibration = recipe_calibration(self.calibration, list(self.experts))
-        self._check_quantize()
-        if not is_seed(self.seed):
-            raise bad_option("seed", "an integer", self.seed)
-        if not is_count(self.batch_size):
-            raise bad_option("batch_size", "a positive integer", self.batch_size)
-        self._check_lineage()
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise bad_option(
-                "dtype", f"one of {', '.join(DTYPES)}", self.dtype, "Leave it out for the default."
-            )
-
-    def _check_experts(self) -> None:
-        if not isinstance(self.experts, Mapping) or not self.experts:
-            raise EPMQInputError(
-                "`experts` should map at least one name to a folder or hub id, got "
-                f"{shown(self.experts)}.",
-                code="EPMQ-F20",
-                subject="`experts`",
-                remedy="For example `experts: {math: org/math-expert@revision}`.",
-            )
-        for name, spec in self.experts.items():
-            if not is_word(name) or not is_word(spec):
-                raise bad_option(
-                    f"experts.{shown(name) if not is_word(name) else name[:80]}",
-                    "a folder or a hub id under a name",
-                    spec,
-                )
-
-    def _check_merge(self) -> None:
         if (self.merged is None) == (self.merge is None):
             raise EPMQInputError(
                 "exactly one of `merged` (a model) and `merge` (how to make it) should be given, "
@@ -141,35 +154,11 @@ class Recipe:
                 subject="`merged`, `merge`",
                 remedy="Give the one that you have.",
             )
-        if self.merged is not None and not is_word(self.merged):
-            raise bad_option("merged", "a folder or a hub id", self.merged)
-        if self.merge is not None and not isinstance(self.merge, MergeStep):
-            self.merge = from_mapping(MergeStep, self.merge, "`merge`")
+        self.calibration = recipe_calibration(self.calibration, list(self.experts))
+        return self
 
-    def _check_quantize(self) -> None:
-        if not isinstance(self.quantize, Mapping):
-            raise bad_option("quantize", "a mapping of EPMQConfig's options", self.quantize)
-        for name, place in (
-            ("experts", "The experts belong at the top of the recipe."),
-            ("data_free", "Write `calibration: {name: data_free}` for an expert without rows."),
-        ):
-            if name in self.quantize:
-                raise EPMQInputError(
-                    f"`quantize.{name}` is no option of a recipe.",
-                    code="EPMQ-O02",
-                    subject=f"`quantize.{name}`",
-                    remedy=place,
-                )
-
-    def _check_lineage(self) -> None:
-        """It goes into the checkpoint's JSON, which is written after hours."""
-        remedy = "Leave it out where it is not known."
-        if not isinstance(self.lineage, Mapping):
-            raise bad_option("lineage", "a mapping", self.lineage, remedy)
-        try:
-            json.dumps(dict(self.lineage), allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise bad_option("lineage", "data that JSON can hold", self.lineage, remedy) from error
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.to_options() == other.to_options()
 
     # ---- calibration ---------------------------------------------------------------------------
 
@@ -188,7 +177,12 @@ class Recipe:
         lists = [each for each in self.calibration.values() if each != DATA_FREE]
         return [source for sources in lists for source in sources]
 
-    # ---- places --------------------------------------------------------------------------------
+    # ---- paths ---------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths are relative to."""
+        return self._folder
 
     def place(self, spec: str) -> Path:
         """The path that ``spec`` means in this recipe."""
@@ -210,7 +204,7 @@ class Recipe:
         Raises:
             EPMQInputError: an option of ``quantize`` or an expert's name is refused.
         """
-        from . import EPMQConfig
+        from .config import EPMQConfig
 
         options = dict(self.quantize)
         options["experts"] = {name: self.source(spec) for name, spec in self.experts.items()}
@@ -227,24 +221,23 @@ class Recipe:
 
     def to_options(self) -> dict[str, Any]:
         """What differs from the defaults, as plain data, with the format's version."""
-        options = {"version": self.version} | to_mapping(self)
-        options["experts"] = dict(self.experts)
+        options = {"version": self.version} | self.given()
         if isinstance(self.calibration, TaggedSource):
-            options["calibration"] = to_mapping(self.calibration)
+            options["calibration"] = self.calibration.given()
         else:
             options["calibration"] = {
-                name: each if each == DATA_FREE else [to_mapping(source) for source in each]
+                name: each if each == DATA_FREE else [source.given() for source in each]
                 for name, each in self.calibration.items()
             }
         if self.merge is not None:
-            options["merge"] = to_mapping(self.merge)
+            options["merge"] = self.merge.given()
         return options
 
     @classmethod
     def from_options(cls, options: Any, folder: str | Path = "") -> Recipe:
         """The inverse of :meth:`to_options`; ``folder`` is what relative paths are relative to."""
-        recipe = from_mapping(cls, options, "recipe")
-        recipe.folder = Path(folder)
+        recipe = validated(cls, options, "recipe")
+        recipe._folder = Path(folder)
         return recipe
 
     @classmethod
@@ -277,12 +270,11 @@ class Recipe:
 
 def recipe_help() -> list[tuple[str, str]]:
     """(key, documentation) of everything a recipe may hold, nested keys with their path."""
-    blocks = {"merge": [MergeStep], "calibration": [RowSource, TaggedSource]}
+    blocks = {"merge": MergeStep, "calibration": TaggedSource}
     lines: list[tuple[str, str]] = []
-    for key, doc in documented(Recipe).items():
-        lines.append((key, doc))
-        nested = {
-            name: text for block in blocks.get(key, ()) for name, text in documented(block).items()
-        }
-        lines += [(f"  {name}", text) for name, text in nested.items()]
+    for key, field in Recipe.model_fields.items():
+        lines.append((key, field.description))
+        if key in blocks:
+            fields = blocks[key].model_fields.items()
+            lines += [(f"  {name}", inner.description) for name, inner in fields]
     return lines

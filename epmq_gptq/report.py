@@ -148,7 +148,7 @@ class QuantizationReport(_Part):
         modules: one entry per quantized linear layer, in forward order.
         rows, tokens: calibration rows (of joined ones: blocks) and tokens per expert.
         calibration: expert → what became of its rows: asked for, available, used, cut, dropped; the
-            fields of :class:`~epmq_gptq.calibration.tokens.RowCounts`.
+            fields of :class:`~epmq_gptq.calibration.encoded.RowCounts`.
         seconds: wall time of `quantize`, preflight included; of all attempts.
         attempts: how many it took: 1, and one more each time that it went on from a resume state.
         shared_groups: inputs whose one Gram and one factor served several layers.

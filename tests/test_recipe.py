@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from epmq_gptq.calibration.rows import RowSource, TaggedSource
+from epmq_gptq.calibration.sources import RowSource, TaggedSource
 from epmq_gptq.errors import EPMQInputError
 from epmq_gptq.io.yaml_files import parse_yaml
 from epmq_gptq.recipe import MergeStep, Recipe, recipe_help
@@ -43,7 +43,9 @@ def full(tmp_path):
 
 
 def test_every_key_arrives(full):
-    assert full.merge == MergeStep("ties", "org/base@main", {"threshold": 20, "lam": 0.1}, "kept")
+    assert full.merge == MergeStep(
+        method="ties", base="org/base@main", parameters={"threshold": 20, "lam": 0.1}, keep="kept"
+    )
     assert full.calibration["math"][0] == RowSource(file="math.jsonl")
     assert full.calibration["math"][1].column == "question"
     assert full.calibration["code"] == [
@@ -89,8 +91,8 @@ def test_paths_are_those_of_the_recipes_folder(full, tmp_path):
         ({"experts": {}}, "`experts` should map at least one name"),
         ({"experts": ["ea"]}, "`experts` should map at least one name"),
         ({"experts": {"a": None}}, "`experts.a` should be a folder or a hub id"),
-        ({"version": True}, "`version` should be 1, got True"),
-        ({"experts": {"": "ea"}}, "`experts.''` should be a folder or a hub id under a name"),
+        ({"version": True}, "`version` should be an integer, got True"),
+        ({"experts": {"": "ea"}}, "`experts.` should be a non-empty string, got ''"),
         ({"calibration": "a.txt"}, "`calibration` should map every expert"),
         ({"calibration": {}}, "without rows: a"),
         ({"calibration": {"a": "a.txt", "b": "b.txt"}}, "not an expert: b"),
@@ -105,7 +107,7 @@ def test_paths_are_those_of_the_recipes_folder(full, tmp_path):
             "`data_free` names `b`",
         ),
         ({"quantize": {"data_free": ["a"]}}, "`calibration: {name: data_free}`"),
-        ({"quantize": ["bits"]}, "`quantize` should be a mapping of EPMQConfig's options"),
+        ({"quantize": ["bits"]}, "`quantize` should be a mapping, got ['bits']"),
         ({"quantize": {"experts": {}}}, "The experts belong at the top of the recipe"),
         ({"seed": 1.5}, "`seed` should be an integer, got 1.5"),
         ({"batch_size": 0}, "`batch_size` should be a positive integer, got 0"),
@@ -122,9 +124,9 @@ def test_mistakes_are_named(change, message):
     ("merge", "message"),
     [
         ({}, "`merge`: `method` is missing"),
-        ({"method": ""}, "`merge`: `method` should be a non-empty string"),
-        ({"method": "ties", "base": 3}, "`merge`: `base` should be a non-empty string, got 3"),
-        ({"method": "ties", "parameters": [1]}, "`parameters` should be a mapping of options"),
+        ({"method": ""}, "`merge.method` should be a non-empty string"),
+        ({"method": "ties", "base": 3}, "`merge.base` should be a non-empty string, got 3"),
+        ({"method": "ties", "parameters": [1]}, "`merge.parameters` should be a mapping, got [1]"),
         ({"metod": "ties"}, "`merge`: `metod` is not an option. Did you mean `method`?"),
     ],
 )

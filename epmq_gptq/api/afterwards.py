@@ -70,9 +70,11 @@ def evaluate(
     """
     with session(progress) as reporter:
         from ..evaluation import TaskOptions, evaluate_model
-        from ..io.options import check_keys
+        from ..io.declared import unknown_key
 
-        check_keys(options, list(TaskOptions.__dataclass_fields__), "`evaluate`")
+        known = list(TaskOptions.__dataclass_fields__)
+        for key in set(options) - set(known):
+            raise unknown_key(key, known, "`evaluate`", "`evaluate`")
         with reporter.quiet_host():
             result = evaluate_model(
                 str(model),

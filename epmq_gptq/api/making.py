@@ -423,8 +423,7 @@ def _given_recipe(target: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
 
 def _block(calibration: Any) -> Any:
     """A calibration as Python has it, as the block of a recipe; files relative to where we are."""
-    from ..calibration.names import given_sources
-    from ..calibration.rows import is_data_free
+    from ..calibration.sources import given_sources, is_data_free
 
     if not isinstance(calibration, Mapping) or "expert_column" in calibration:
         return calibration

@@ -7,7 +7,7 @@ every expert's rows are batched apart and the batches carry the expert's name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 
 from ..errors import EPMQInputError
 from ..io.declared import bad_option, is_count
-from .inputs import Rules, folder_rules
-from .row_forms import TEXT
-from .row_sets import read_calibration
-from .tokens import EncodedCalibration, RowCounts, TokenRow
+from .draws import read_calibration
+from .encoded import EncodedCalibration, InputRules, RowCounts
+from .images import ImageRules
+from .pairs import PairRules
+from .rows import IMAGES, PAIRS, form_of
+from .text import TokenRow, TokenRules
 
 # As GPTQModel has it: how the rows of an expert are ordered before they are batched.
 SORTS = (None, "asc", "desc")
@@ -83,6 +85,54 @@ def _with_ids(batch: dict[str, torch.Tensor], positions: int) -> dict[str, torch
     return batch | {"input_ids": torch.zeros((rows, positions), dtype=torch.long)}
 
 
+# ---- what a model reads --------------------------------------------------------------------------
+
+
+def input_rules(model: Any) -> InputRules:
+    """What a model that GPTQModel loaded asks of its inputs; its weights may still be on disk.
+
+    Raises:
+        EPMQInputError: its image processor cannot be loaded, or its configuration lacks something.
+    """
+    config = model.model.config
+    if form_of(config) is IMAGES:
+        rules = ImageRules.of(config, Path(str(model.model_local_path)), model.tokenizer)
+        # A text tower that is not quantized needs no texts, whatever the rows hold.
+        reads_text = getattr(model, "reads_text", False)
+        return replace(rules, needs_text=True) if reads_text else replace(rules, text=None)
+    if form_of(config) is PAIRS:
+        return PairRules.of(config, model.tokenizer)
+    try:
+        embedding = model.model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    rows = getattr(embedding, "num_embeddings", None)
+    return TokenRules.of_config(config, model.tokenizer, rows)
+
+
+def folder_rules(folder: Path) -> InputRules:
+    """The same of a model's folder, without the model.
+
+    Raises:
+        EPMQInputError: as :func:`input_rules`, or the configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    tokenizer = None
+    if any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    form = form_of(config)
+    if form is IMAGES:
+        return ImageRules.of(config, folder, tokenizer)
+    if form is PAIRS:
+        return PairRules.of(config, tokenizer)
+    return TokenRules.of_config(config, tokenizer)
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
 def plan_for_folder(
     folder: Path,
     calibration: Any,
@@ -117,7 +167,7 @@ def plan_for_folder(
 
 def plan_inputs(
     calibration: EncodedCalibration,
-    rules: Rules,
+    rules: InputRules,
     *,
     batch_size: int,
     sort: str | None = None,
@@ -125,10 +175,19 @@ def plan_inputs(
     masked: bool = True,
     held_out: float = 0.0,
 ) -> CalibrationPlan:
-    """Batch every expert's rows apart, of whatever form they are; see :func:`plan_calibration`.
+    """Batch every expert's rows apart, experts in the order of ``calibration``.
+
+    Args:
+        calibration: what ``rules.encode`` returned.
+        rules: of the model.
+        batch_size: rows per batch, at most.
+        sort: "asc" or "desc" by length within an expert; None keeps the order.
+        pad, masked: of text, see :meth:`~epmq_gptq.calibration.encoded.InputRules.batches`.
+        held_out: share of every expert's rows that is batched apart from the others.
 
     Raises:
-        EPMQInputError: an option is out of range, or the rows are of another form than the model's.
+        EPMQInputError: an option is out of range, the rows are of another form than the model's,
+            or a row hides tokens where that means nothing.
     """
     if calibration.form != rules.form.name:
         raise EPMQInputError(
@@ -137,27 +196,19 @@ def plan_inputs(
             subject="`calibration`",
             remedy="Read the rows with this model's rules.",
         )
-    if rules.form is TEXT:
-        return plan_calibration(
-            calibration,
-            batch_size=batch_size,
-            sort=sort,
-            pad=pad,
-            masked=masked,
-            pad_id=rules.pad_id,
-            pads_left=rules.pads_left,
-            held_out=held_out,
-        )
-    _check_batching(batch_size, sort)
-    plan = CalibrationPlan(
-        counts=dict(calibration.counts), positions=getattr(rules, "positions", 1)
-    )
+    if not is_count(batch_size):
+        raise bad_option("batch_size", "a positive integer", batch_size)
+    if sort not in SORTS:
+        raise bad_option("calibration_sort", 'None, "asc" or "desc"', sort)
+    plan = CalibrationPlan(counts=dict(calibration.counts), positions=rules.positions)
     for name, rows in calibration.rows.items():
+        if not (pad and masked):
+            _check_nothing_hidden(rows, name)
         if sort is not None:
-            rows = sorted(rows, key=lambda row: row.tokens, reverse=sort == "desc")
+            rows = sorted(rows, key=lambda row: row.length, reverse=sort == "desc")
         tokens = 0
         for part, apart in _parts(rows, held_out):
-            batches = list(rules.batches(part, batch_size))
+            batches = list(rules.batches(part, batch_size, pad=pad, masked=masked))
             tokens += sum(count for _, count in batches)
             plan.add(name, [batch for batch, _ in batches], held_out=apart)
         # Our own arithmetic: no row is lost on the way from the counts to the model.
@@ -180,64 +231,8 @@ def _parts(rows: Sequence[Any], share: float) -> Iterator[tuple[Sequence[Any], b
         yield [rows[index] for index in sorted(apart)], True
 
 
-def _check_batching(batch_size: int, sort: str | None) -> None:
-    if not is_count(batch_size):
-        raise bad_option("batch_size", "a positive integer", batch_size)
-    if sort not in SORTS:
-        raise bad_option("calibration_sort", 'None, "asc" or "desc"', sort)
-
-
-def plan_calibration(
-    calibration: EncodedCalibration,
-    *,
-    batch_size: int,
-    sort: str | None = None,
-    pad: bool = True,
-    masked: bool = True,
-    pad_id: int = 0,
-    pads_left: bool = False,
-    held_out: float = 0.0,
-) -> CalibrationPlan:
-    """Batch every expert's rows apart, experts in the order of ``calibration``.
-
-    Args:
-        calibration: what ``encode_calibration`` returned.
-        batch_size: rows per batch, at most.
-        sort: "asc" or "desc" by length within an expert; None keeps the order.
-        pad: whether rows of different lengths may share a batch. Without, only rows of one length
-            do: routed modules see no attention mask, so a padding token would count as data there.
-        masked: whether the model takes an attention mask; one that does not gets rows one by one.
-        pad_id: the token that fills up, hidden by the mask.
-        pads_left: whether it does so in front of the row.
-        held_out: share of every expert's rows that is batched apart from the others.
-
-    Raises:
-        EPMQInputError: an option is out of range, or a row hides tokens where that means nothing.
-    """
-    _check_batching(batch_size, sort)
-    plan = CalibrationPlan(counts=dict(calibration.counts))
-    for name, rows in calibration.rows.items():
-        if not (pad and masked):
-            _check_nothing_hidden(rows, name)
-        if sort is not None:
-            rows = sorted(rows, key=lambda row: len(row.ids), reverse=sort == "desc")
-        tokens = 0
-        for part, apart in _parts(rows, held_out):
-            size = batch_size if masked else 1
-            groups = _in_turn(part, size) if pad else _alike(part, batch_size)
-            batches = [_batch(group, pad_id, pads_left) for group in groups]
-            tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
-            if not masked:
-                batches = [{"input_ids": batch["input_ids"]} for batch in batches]
-            plan.add(name, batches, held_out=apart)
-        # Our own arithmetic: no row is lost on the way from the counts to the model.
-        assert tokens == calibration.counts[name].tokens, name
-        plan.rows[name], plan.tokens[name] = len(rows), tokens
-    return plan
-
-
-def _check_nothing_hidden(rows: Sequence[TokenRow], expert: str) -> None:
-    hidden = sum(row.mask is not None for row in rows)
+def _check_nothing_hidden(rows: Sequence[Any], expert: str) -> None:
+    hidden = sum(isinstance(row, TokenRow) and row.mask is not None for row in rows)
     if hidden:
         raise EPMQInputError(
             f"calibration of expert `{expert}`: `attention_mask` hides tokens inside of {hidden} "
@@ -246,29 +241,3 @@ def _check_nothing_hidden(rows: Sequence[TokenRow], expert: str) -> None:
             subject=f"expert `{expert}`",
             remedy="Take the hidden tokens out of the rows.",
         )
-
-
-def _in_turn(rows: Sequence[TokenRow], batch_size: int) -> Iterator[Sequence[TokenRow]]:
-    for start in range(0, len(rows), batch_size):
-        yield rows[start : start + batch_size]
-
-
-def _alike(rows: Sequence[TokenRow], batch_size: int) -> Iterator[Sequence[TokenRow]]:
-    """Groups of rows of one length, the longest first."""
-    by_length: dict[int, list[TokenRow]] = {}
-    for row in rows:
-        by_length.setdefault(len(row.ids), []).append(row)
-    for length in sorted(by_length, reverse=True):
-        yield from _in_turn(by_length[length], batch_size)
-
-
-def _batch(rows: Sequence[TokenRow], pad_id: int, pads_left: bool) -> dict[str, torch.Tensor]:
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        length = len(row.ids)
-        place = slice(width - length, None) if pads_left else slice(length)
-        ids[index, place] = torch.tensor(row.ids, dtype=torch.long)
-        mask[index, place] = True if row.mask is None else torch.tensor(row.mask, dtype=torch.bool)
-    return {"input_ids": ids, "attention_mask": mask}

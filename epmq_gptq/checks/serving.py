@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ..calibration.row_forms import TEXT, RowForm, form_of
+from ..calibration.rows import TEXT, RowForm, form_of
 from ..experts.linears import Linear
 from .engines.facts import Export, Facts, planned
 from .engines.rules import judge

@@ -10,15 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..calibration.rows import is_word
+from ..calibration.arguments import DATA_FREE, check_source, moved_source, parse_calibration
 from ..errors import EPMQInputError, EPMQWarning
-from ..io.declared import shown
+from ..io.declared import is_word, shown
 from ..io.hub import fetch, local_folder, parse_hub_id
 from ..io.yaml_files import write_yaml
 from ..merging.lineage.facts import Lineage, is_local, published, refusal
 from ..merging.lineage.read import LINEAGE_FILES, read_lineage
 from ..recipe import RECIPE_VERSION, Recipe
-from .calibration_arguments import DATA_FREE, check_source, moved_source, parse_calibration
 
 _MERGED = "the merged model"
 

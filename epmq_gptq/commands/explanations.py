@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import CODES, EPMQInputError
-from ..io.declared import closest
 
 
 @dataclass(frozen=True)
@@ -619,6 +618,8 @@ def explanation(code: str) -> Explanation:
     full = full_code(code)
     if full in _ENTRIES:
         return _ENTRIES[full]
+    from ..io.declared import closest  # pydantic, which a shell that completes does not wait for
+
     meant = closest(full, _ENTRIES)
     raise EPMQInputError(
         f"`{code[:40]}` is no error code.",

@@ -69,7 +69,7 @@ class Subject:
             )
 
         def read() -> Mapping[str, Any]:
-            from ..calibration.row_sets import read_calibration
+            from ..calibration.draws import read_calibration
             from .pipeline import recipe_form
 
             return read_calibration(
@@ -237,7 +237,7 @@ def _compare(
     device: str,
     attempt: _Attempts,
 ) -> Preflight:
-    from ..calibration.inputs import input_rules
+    from ..calibration.batches import input_rules
     from ..checks.runs import check_run
     from ..host.model_linears import check_architecture, quantizable_linears
     from ..io.checkpoints import Checkpoint

@@ -10,7 +10,7 @@ from .common import Json, Out, Overwrite, Quiet, Verbose, examples, pairs, place
 from .completion import devices, merge_methods
 
 if TYPE_CHECKING:
-    from ..calibration.names import CalibrationBlock
+    from ..calibration.sources import CalibrationBlock
 
 
 @examples(
@@ -99,8 +99,8 @@ def merge(
 
 def calibration_block(calibration: list[str] | None, experts: list[str]) -> CalibrationBlock | None:
     """What ``--calibration`` says, in the form that a recipe holds."""
-    from ..calibration.names import recipe_calibration
-    from .calibration_arguments import parse_calibration
+    from ..calibration.arguments import parse_calibration
+    from ..calibration.sources import recipe_calibration
 
     if not calibration:
         return None

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.row_forms import RowForm, form_of
-from ..calibration.row_sets import RowSet, read_calibration
-from ..calibration.tokens import EncodedCalibration, RowCounts
+from ..calibration.draws import RowSet, read_calibration
+from ..calibration.encoded import EncodedCalibration, RowCounts
+from ..calibration.rows import RowForm, form_of
 from ..errors import EPMQInputError
 from ..host import loading
 from ..io.console import Reporter, StepProgress
@@ -272,7 +272,7 @@ def merge_with_progress(reporter: Reporter, method: str, **arguments: Any):
 
 def _encoded(model, sets: Mapping[str, list[RowSet]]) -> EncodedCalibration:
     """The rows of every expert as the loaded model takes them."""
-    from ..calibration.inputs import input_rules
+    from ..calibration.batches import input_rules
 
     return input_rules(model).encode(sets)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 import tempfile
 from collections.abc import Mapping
@@ -69,7 +68,7 @@ def pinned(recipe: Recipe, reporter: Reporter) -> Recipe:
         result.merged = pin(recipe.merged, "`merged`")
     elif recipe.merge.base is not None:
         base = pin(recipe.merge.base, "`merge.base`")
-        result.merge = dataclasses.replace(recipe.merge, base=base)
+        result.merge = recipe.merge.model_copy(update={"base": base})
         result.quantize.setdefault("base", base)
     if isinstance(recipe.quantize.get("base"), str):
         result.quantize["base"] = pin(recipe.quantize["base"], "`quantize.base`")

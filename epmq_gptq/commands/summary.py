@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..calibration.tokens import RowCounts
+from ..calibration.encoded import RowCounts
 from ..io.console import human_size
 from ..report import ModuleReport, QuantizationReport
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..calibration.row_forms import form_of
+from ..calibration.rows import form_of
 from ..errors import EPMQInputError
 from ..io.checkpoints import Checkpoint, check_folder, resolve_source
 from ..io.folders import read_json

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from gptqmodel.models.base import BaseQModel
 
-from ..calibration.batches import CalibrationPlan, plan_inputs
-from ..calibration.inputs import input_rules
-from ..calibration.row_sets import read_calibration
-from ..calibration.tokens import EncodedCalibration
+from ..calibration.batches import CalibrationPlan, input_rules, plan_inputs
+from ..calibration.draws import read_calibration
+from ..calibration.encoded import EncodedCalibration
 from ..checks.estimates import recorded
 from ..config import EPMQConfig
 from ..errors import EPMQInputError, EPMQWarning

@@ -51,6 +51,17 @@ class Declared(BaseModel):
     # As of pydantic's own `__init__`: what it reads from a mapping does not come through here.
     __init__.__pydantic_base_init__ = True
 
+    def given(self) -> dict[str, Any]:
+        """The fields that differ from their defaults: what a file of this block would say."""
+        fields = type(self).model_fields
+        defaults = {k: f.get_default(call_default_factory=True) for k, f in fields.items()}
+        # Types first: an array that is compared with None gives an array.
+        return {
+            name: value
+            for name, value in self
+            if type(value) is not type(defaults[name]) or value != defaults[name]
+        }
+
 
 def ruled(words: str, holds: Callable[[Any], bool]) -> BeforeValidator:
     """A check for ``Annotated``: a value for which ``holds`` is false "should be {words}"."""
@@ -103,6 +114,7 @@ def validated(
     Raises:
         EPMQInputError: the data does not fit.
     """
+    data = dict(data) if isinstance(data, Mapping) else data
     try:
         return _adapter(model).validate_python(data)
     except ValidationError as error:
@@ -135,8 +147,8 @@ def input_error(
     own = first.get("ctx", {}).get("error")
     path = _path(first, data)
     if isinstance(own, EPMQInputError):
-        own = own.within(f"`{_dotted(path)}`") if path else own
-        return own.within(what)
+        named = not path or own.cause.startswith(f"`{_dotted(path)}")
+        return (own if named else own.within(f"`{_dotted(path)}`")).within(what)
     if first["type"] in _KEY_ERRORS:
         block = _fields(model, path[:-1])
         place = f"{what}: `{_dotted(path[:-1])}`" if path[:-1] else what
@@ -149,7 +161,10 @@ def input_error(
                 remedy=remedy or _give(block.get(path[-1])),
             )
         return unknown_key(key, block, place, what, code=code, remedy=remedy)
-    # The branches of a union fail one by one, at one place.
+    # The branches of a union fail one by one; the one that went deepest is what was meant.
+    branches = [each for each in found if each["loc"][:1] == first["loc"][:1]]
+    first = max(branches, key=lambda each: len(_path(each, data)))
+    path = _path(first, data)
     rules = [_rule(each) for each in found if _path(each, data) == path]
     rule = " or ".join(dict.fromkeys(rules))
     if path:
@@ -194,6 +209,13 @@ def bad_option(
         code=code,
         subject=f"`{option}`",
         remedy=remedy or f"Set `{option}` to such a value.",
+    )
+
+
+def conflict(option: str, cause: str, remedy: str) -> EPMQInputError:
+    """The error of an option that cannot go with, or that needs, another one."""
+    return EPMQInputError(
+        f"`{option}` {cause}.", code="EPMQ-O03", subject=f"`{option}`", remedy=remedy
     )
 
 

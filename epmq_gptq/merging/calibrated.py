@@ -83,7 +83,7 @@ def read_plan(
 
 def _check_rows(calibration: Any) -> None:
     """Quantization can do without the rows of an expert; a regression on its inputs cannot."""
-    from ..calibration.rows import TaggedSource, is_data_free
+    from ..calibration.sources import TaggedSource, is_data_free
 
     if isinstance(calibration, TaggedSource):
         free = list(calibration.data_free)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..calibration.row_forms import IMAGES, PAIRS, TEXT, form_of
+from ..calibration.rows import IMAGES, PAIRS, TEXT, form_of
 from .card_facts import Facts, mapping
 from .markdown import plain
 

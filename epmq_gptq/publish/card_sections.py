@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..calibration.row_forms import IMAGES, TEXT, form_of
+from ..calibration.rows import IMAGES, TEXT, form_of
 from .card_facts import Facts, mapping, number
 from .markdown import code, facts, plain, table
 

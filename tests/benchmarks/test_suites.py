@@ -15,7 +15,7 @@ from suites import SPLITS, SUITES, build, build_suite, pairs, pictures, vision
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from epmq_gptq.calibration.batches import plan_for_folder
-from epmq_gptq.calibration.row_forms import form_of
+from epmq_gptq.calibration.rows import form_of
 from epmq_gptq.errors import EPMQInputError
 from epmq_gptq.evaluation import load_model
 

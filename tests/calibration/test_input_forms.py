@@ -16,9 +16,10 @@ from gptqmodel.utils.calibration import prepare_calibration_dataset
 from judge import stored
 
 from epmq_gptq import EPMQConfig, EPMQInputError
-from epmq_gptq.calibration.row_sets import read_calibration
-from epmq_gptq.calibration.rows import RowSource
-from epmq_gptq.calibration.tokens import TokenRules, encode_calibration
+from epmq_gptq.calibration.batches import input_rules
+from epmq_gptq.calibration.draws import read_calibration
+from epmq_gptq.calibration.sources import RowSource
+from epmq_gptq.calibration.text import TokenRules
 from epmq_gptq.host import preparing
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -141,8 +142,8 @@ FORMS = {
         "rows": datasets.Dataset.from_list(MIXED),
         "expert_column": "task",
     },
-    "tokens already": lambda model, ids, folder: encode_calibration(
-        read_calibration(TEXTS, list(TEXTS)), TokenRules.of(model)
+    "tokens already": lambda model, ids, folder: input_rules(model).encode(
+        read_calibration(TEXTS, list(TEXTS))
     ),
 }  # fmt: skip
 
@@ -204,7 +205,7 @@ def test_a_concat_size_joins_within_each_expert(model, ids):
 def test_rows_that_the_model_cannot_embed_or_that_are_of_others_are_refused(model, ids):
     with pytest.raises(EPMQInputError, match="token id 260 has no embedding .* which has 260"):
         planned(model, ids | {"expert1": [[5, 260]]})
-    encoded = encode_calibration(read_calibration({"x": [[5]]}, ["x"]), TokenRules())
+    encoded = TokenRules().encode(read_calibration({"x": [[5]]}, ["x"]))
     with pytest.raises(EPMQInputError, match="without rows: expert0, expert1; not an expert: x"):
         planned(model, encoded)
 

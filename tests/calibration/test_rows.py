@@ -9,15 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from row_files import write
 
-from epmq_gptq.calibration.row_sets import read_calibration
-from epmq_gptq.calibration.rows import RowSource, TaggedSource
+from epmq_gptq.calibration.draws import read_calibration
+from epmq_gptq.calibration.sources import RowSource, TaggedSource
 from epmq_gptq.errors import EPMQInputError
-
-
-def write(path, *lines):
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path.name
 
 
 def read(tmp_path, *sources, seed=0):
@@ -67,7 +63,7 @@ def test_rows_of_a_json_lines_file(tmp_path):
     ]
     (found,) = read(tmp_path, json_file(tmp_path, *rows))
     assert plain(found) == [{"text": "one"}, *rows[1:3], {"input_ids": [5]}]
-    assert found.rows[3].place == "`calibration.a`: `rows.jsonl`, line 4"
+    assert found.rows[3].where.place == "`calibration.a`: `rows.jsonl`, line 4"
 
 
 def test_column_names_the_rows_of_a_json_lines_file(tmp_path):
@@ -165,10 +161,13 @@ def test_unreadable_files_are_refused(tmp_path):
         ({"file": "a.txt", "samples": True}, "`samples` should be a positive integer, got True"),
         ({"file": "a.txt", "seqlen": -1}, "`seqlen` should be a positive integer"),
         ({"file": "a.txt", "max_tokens": 5}, "`max_tokens` is not an option"),
-        ({"file": "a.txt", "concat": "yes"}, "`concat` should be true or false"),
+        ({"file": "a.txt", "concat": "yes"}, "`concat` should be true or false, got 'yes'"),
         ({"rows": ["a"], "concat": True}, "`concat` needs `seqlen`"),
         ({"file": "a.txt", "seed": 1.0}, "`seed` should be an integer"),
-        ({"dataset": "json", "samples": 1, "data_files": [3]}, "`data_files` should be a file"),
+        (
+            {"dataset": "json", "samples": 1, "data_files": [3]},
+            "`data_files[0]` should be a non-empty str",
+        ),
         ({"dataset": "pandas", "samples": 1}, "reads pickle files"),
         ({"file": "a.txt", "unit": "word"}, "`unit` should be one of line, paragraph, file"),
         (
@@ -509,9 +508,9 @@ def test_values_are_mapped_ignored_or_refused(tmp_path):
         ({"experts_by_value": {"x": "z"}}, "EPMQ-F21", "names `z`"),
         ({"data_free": ["z"]}, "EPMQ-F21", "`data_free` names `z`"),
         ({"experts_by_value": {0: "a", "0": "b"}}, "EPMQ-O01", "every value once, got \\['0', '0'"),
-        ({"other_values": "drop"}, "EPMQ-O01", "`other_values` should be refuse or ignore"),
+        ({"other_values": "drop"}, "EPMQ-O01", "`other_values` should be one of refuse, ignore"),
         ({"experts_by_value": ["a"]}, "EPMQ-O01", "`experts_by_value` should be a mapping"),
-        ({"expert_column": ""}, "EPMQ-O01", "`expert_column` should be the name of a column"),
+        ({"expert_column": ""}, "EPMQ-O01", "`expert_column` should be a non-empty string"),
         ({"rows": None, "file": "a.txt"}, "EPMQ-O03", "`expert_column` is for .jsonl"),
         ({"rows": ["text"]}, "EPMQ-F32", "row 0: there is no `task`, it has str"),
     ],

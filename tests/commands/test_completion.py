@@ -112,7 +112,7 @@ def test_completion_is_quick_and_light():
     code = (
         "import sys, epmq_gptq.cli\n"
         "heavy = {'torch', 'gptqmodel', 'transformers', 'numpy',"
-        " 'yaml', 'epmq_gptq.calibration.tokens'}\n"
+        " 'yaml', 'epmq_gptq.calibration.text'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -15,8 +15,9 @@ from test_own_targets import STREAMS, Case, llama
 from test_quantize import gar_order
 
 from epmq_gptq import EPMQConfig, EPMQInputError
-from epmq_gptq.calibration.batches import plan_calibration
-from epmq_gptq.calibration.tokens import EncodedCalibration, RowCounts, TokenRow
+from epmq_gptq.calibration.batches import plan_inputs
+from epmq_gptq.calibration.encoded import EncodedCalibration, RowCounts
+from epmq_gptq.calibration.text import TokenRow, TokenRules
 from epmq_gptq.host import solver
 from epmq_gptq.host.solver import PLAIN_DAMPING
 from epmq_gptq.host.task import EPMQ
@@ -105,7 +106,7 @@ def calibration(lengths):
 
 def test_every_eighth_row_is_batched_apart():
     lengths = list(range(1, 21))
-    plan = plan_calibration(calibration(lengths), batch_size=3, held_out=0.125)
+    plan = plan_inputs(calibration(lengths), TokenRules(), batch_size=3, held_out=0.125)
     found = {True: [], False: []}
     for batch, apart in zip(plan.batches, plan.held_out, strict=True):
         found[apart] += batch["attention_mask"].sum(1).tolist()
@@ -116,12 +117,12 @@ def test_every_eighth_row_is_batched_apart():
 
 @pytest.mark.parametrize(("count", "share", "apart"), [(2, 0.125, 1), (3, 0.5, 1), (5, 0.5, 2)])
 def test_few_rows_hold_out_one_and_never_more_than_half(count, share, apart):
-    plan = plan_calibration(calibration([4] * count), batch_size=1, held_out=share)
+    plan = plan_inputs(calibration([4] * count), TokenRules(), batch_size=1, held_out=share)
     assert sum(plan.held_out) == apart
 
 
 def test_without_a_choice_nothing_is_held_out(case):
-    plan = plan_calibration(calibration([4] * 20), batch_size=3)
+    plan = plan_inputs(calibration([4] * 20), TokenRules(), batch_size=3)
     assert not any(plan.held_out)
 
 

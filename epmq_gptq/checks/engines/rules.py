@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from ...calibration.row_forms import IMAGES, form_of
+from ...calibration.rows import IMAGES, form_of
 from .architectures import ARCHITECTURES, MODEL_TYPES
 from .facts import Facts, Layer, plain
 from .fused import CUT_INPUTS, FUSED, LINEAR_LEAVES, ROUTED

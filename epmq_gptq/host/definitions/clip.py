@@ -24,10 +24,9 @@ from transformers import CLIPTextConfig
 from transformers.core_model_loading import PrefixChange
 from transformers.masking_utils import create_causal_mask
 
-from ...calibration.batches import CalibrationPlan
-from ...calibration.image_rows import PROCESSOR_FILES, ImageRow
-from ...calibration.inputs import input_rules
-from ...calibration.row_sets import read_calibration
+from ...calibration.batches import CalibrationPlan, input_rules
+from ...calibration.draws import read_calibration
+from ...calibration.images import PROCESSOR_FILES, ImageRow
 from ...errors import EPMQInputError
 
 ARCHITECTURES = ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel")
@@ -233,7 +232,7 @@ class CLIPQModel(BaseQModel):
         alike: dict[int, list[ImageRow]] = {}
         for row in rules.encode(sets).rows[_ROWS]:
             # The host's own methods would count padding, so texts of one length go together.
-            alike.setdefault(row.tokens, []).append(row)
+            alike.setdefault(row.length, []).append(row)
         batches = [batch for rows in alike.values() for batch, _ in rules.batches(rows, batch_size)]
         return CalibrationPlan(batches, positions=rules.positions).host_batches
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from gptqmodel.models.base import BaseQModel
 
-from ...calibration.inputs import input_rules
-from ...calibration.pair_rows import PairRow, PairRules
-from ...calibration.row_sets import read_calibration
+from ...calibration.batches import input_rules
+from ...calibration.draws import read_calibration
+from ...calibration.pairs import PairRow, PairRules
 from ...errors import EPMQInputError
 from ...io.declared import bad_option, is_count
 

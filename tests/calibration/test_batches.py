@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epmq_gptq.calibration.batches import plan_calibration
-from epmq_gptq.calibration.row_sets import read_calibration
-from epmq_gptq.calibration.rows import RowSource
-from epmq_gptq.calibration.tokens import TokenRules, encode_calibration
+from epmq_gptq.calibration.batches import plan_inputs
+from epmq_gptq.calibration.draws import read_calibration
+from epmq_gptq.calibration.sources import RowSource
+from epmq_gptq.calibration.text import TokenRules
 from epmq_gptq.errors import EPMQInputError
 
 END = 2
@@ -20,12 +20,20 @@ class Tokenizer:
     padding_side, pad_token_id, eos_token_id = "right", 0, END
 
 
-RULES = TokenRules(Tokenizer())
+class FromTheLeft(Tokenizer):
+    padding_side = "left"
+
+
+RULES, LEFT = TokenRules(Tokenizer()), TokenRules(FromTheLeft())
 ROWS = {"a": [[1] * 5, [2] * 9, [3] * 5], "b": [[4] * 7, [5] * 7, [6] * 2, [7] * 7, [8] * 7]}
 
 
 def encoded(calibration, **options):
-    return encode_calibration(read_calibration(calibration, list(calibration), **options), RULES)
+    return RULES.encode(read_calibration(calibration, list(calibration), **options))
+
+
+def planned(calibration, *, pads_left=False, **options):
+    return plan_inputs(calibration, LEFT if pads_left else RULES, **options)
 
 
 def visible(batch):
@@ -34,14 +42,12 @@ def visible(batch):
 
 
 def test_rows_of_other_lengths_are_padded_and_hidden():
-    plan = plan_calibration(encoded({"a": [[5, 6], [7, 8, 9]]}), batch_size=2, pad_id=3)
+    plan = planned(encoded({"a": [[5, 6], [7, 8, 9]]}), batch_size=2)
     (batch,) = plan.batches
-    assert batch["input_ids"].tolist() == [[5, 6, 3], [7, 8, 9]]
+    assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9]]
     assert batch["attention_mask"].tolist() == [[True, True, False], [True, True, True]]
     assert batch["input_ids"].dtype == torch.long and batch["attention_mask"].dtype == torch.bool
-    (left,) = plan_calibration(
-        encoded({"a": [[5, 6], [7, 8, 9]]}), batch_size=2, pads_left=True
-    ).batches
+    (left,) = planned(encoded({"a": [[5, 6], [7, 8, 9]]}), batch_size=2, pads_left=True).batches
     assert left["input_ids"].tolist() == [[0, 5, 6], [7, 8, 9]]
     assert visible(left) == visible(batch)
 
@@ -51,7 +57,7 @@ def test_rows_of_other_lengths_are_padded_and_hidden():
     [(None, [7, 7, 2, 7, 7]), ("asc", [2, 7, 7, 7, 7]), ("desc", [7] * 4 + [2])],
 )
 def test_rows_are_sorted_within_their_expert_only(sort, lengths):
-    plan = plan_calibration(encoded(ROWS), batch_size=1, sort=sort)
+    plan = planned(encoded(ROWS), batch_size=1, sort=sort)
     assert plan.experts == ["a"] * 3 + ["b"] * 5
     assert [batch["input_ids"].shape[1] for batch in plan.batches[3:]] == lengths
     sevens = [row[0] for batch in plan.batches[3:] for row in visible(batch) if len(row) == 7]
@@ -59,7 +65,7 @@ def test_rows_are_sorted_within_their_expert_only(sort, lengths):
 
 
 def test_without_padding_only_rows_of_one_length_share_a_batch():
-    plan = plan_calibration(encoded(ROWS), batch_size=3, pad=False)
+    plan = planned(encoded(ROWS), batch_size=3, pad=False)
     assert [tuple(batch["input_ids"].shape) for batch in plan.batches] == [
         (1, 9), (2, 5), (3, 7), (1, 7), (1, 2),
     ]  # fmt: skip
@@ -67,7 +73,7 @@ def test_without_padding_only_rows_of_one_length_share_a_batch():
 
 
 def test_a_model_that_takes_no_mask_gets_rows_one_by_one():
-    plan = plan_calibration(encoded(ROWS), batch_size=8, masked=False)
+    plan = planned(encoded(ROWS), batch_size=8, masked=False)
     assert [list(batch) for batch in plan.batches] == [["input_ids"]] * 8
     assert [batch["input_ids"][0].tolist() for batch in plan.batches[:3]] == ROWS["a"]
     assert plan.tokens == {"a": 19, "b": 30}
@@ -77,24 +83,22 @@ def test_a_model_that_takes_no_mask_gets_rows_one_by_one():
 def test_hidden_tokens_are_refused_where_some_layers_see_no_mask(options):
     row = {"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}
     calibration = encoded({"a": [row]})
-    assert visible(plan_calibration(calibration, batch_size=1).batches[0]) == [[5, 7]]
+    assert visible(planned(calibration, batch_size=1).batches[0]) == [[5, 7]]
     with pytest.raises(EPMQInputError, match="hides tokens inside of 1 rows") as refused:
-        plan_calibration(calibration, batch_size=1, **options)
+        planned(calibration, batch_size=1, **options)
     assert refused.value.code == "EPMQ-F32"
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
 def test_batch_size_is_checked(batch_size):
     with pytest.raises(EPMQInputError, match=r"`batch_size` should be a positive integer"):
-        plan_calibration(encoded(ROWS), batch_size=batch_size)
+        planned(encoded(ROWS), batch_size=batch_size)
     with pytest.raises(EPMQInputError, match=r'`calibration_sort` should be None, "asc" or'):
-        plan_calibration(encoded(ROWS), batch_size=1, sort="shuffle")
+        planned(encoded(ROWS), batch_size=1, sort="shuffle")
 
 
 def test_the_plan_keeps_the_counts():
-    plan = plan_calibration(
-        encoded({"a": {"rows": ROWS["a"], "seqlen": 6}, "b": ROWS["b"]}), batch_size=2
-    )
+    plan = planned(encoded({"a": {"rows": ROWS["a"], "seqlen": 6}, "b": ROWS["b"]}), batch_size=2)
     assert plan.rows == {"a": 3, "b": 5} and plan.tokens == {"a": 16, "b": 30} and len(plan) == 8
     assert plan.calibration["a"] == {
         "asked": None, "available": 3, "used": 3, "sequences": 3, "blocks": 0, "tokens": 16,
@@ -143,7 +147,7 @@ def counted(rows):
 @given(experts_rows, batching, st.none() | st.integers(1, 12))
 def test_every_token_lands_at_its_expert_exactly_once(rows, batching, seqlen):
     given = {name: {"rows": each, "seqlen": seqlen} for name, each in rows.items()}
-    plan = plan_calibration(encoded(given), **batching)
+    plan = planned(encoded(given), **batching)
     tokens = seen(plan)
     for name, each in rows.items():
         assert tokens[name] == counted(row[:seqlen] for row in each)
@@ -169,7 +173,7 @@ def test_every_token_is_in_one_block_or_counted_as_left_over(rows, batching, len
             encoded(given)
         assert refused.value.code == "EPMQ-F24"
         return
-    plan = plan_calibration(encoded(given), **batching)
+    plan = planned(encoded(given), **batching)
     for name, tokens in seen(plan).items():
         counts = plan.counts[name]
         assert counts.tokens == tokens.total() == counts.blocks * length

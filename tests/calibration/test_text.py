@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from test_rows import write
+from row_files import write
 
-from epmq_gptq.calibration.row_sets import read_calibration
-from epmq_gptq.calibration.rows import RowSource
-from epmq_gptq.calibration.tokens import RowCounts, TokenRow, TokenRules, encode_calibration
+from epmq_gptq.calibration.draws import read_calibration
+from epmq_gptq.calibration.encoded import RowCounts
+from epmq_gptq.calibration.sources import RowSource
+from epmq_gptq.calibration.text import TokenRow, TokenRules
 from epmq_gptq.errors import EPMQInputError, EPMQWarning
 
 
@@ -40,7 +41,7 @@ class FromTheLeft(Bytes):
 
 def encode(calibration, tokenizer=None, *, experts=("a",), context=None, vocabulary=None, **read):
     rules = TokenRules(tokenizer or Bytes(), context, vocabulary)
-    return encode_calibration(read_calibration(calibration, list(experts), **read), rules)
+    return rules.encode(read_calibration(calibration, list(experts), **read))
 
 
 def ids(encoded, name="a"):
@@ -131,9 +132,9 @@ def test_rows_that_the_model_cannot_take_are_refused(rows, tokenizer, code, mess
 
 def test_text_needs_a_tokenizer_and_ids_do_not():
     sets = read_calibration({"a": [[1, 2]]}, ["a"])
-    assert encode_calibration(sets, TokenRules()).tokens == {"a": 2}
+    assert TokenRules().encode(sets).tokens == {"a": 2}
     with pytest.raises(EPMQInputError, match="no tokenizer to read text with"):
-        encode_calibration(read_calibration({"a": ["x"]}, ["a"]), TokenRules())
+        TokenRules().encode(read_calibration({"a": ["x"]}, ["a"]))
 
 
 # ---- blocks ------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from epmq_gptq.calibration.batches import plan_inputs
-from epmq_gptq.calibration.pair_rows import PairRules
-from epmq_gptq.calibration.row_forms import IMAGES, PAIRS, TEXT, form_of
-from epmq_gptq.calibration.row_sets import read_calibration
-from epmq_gptq.calibration.tokens import TokenRules
+from epmq_gptq.calibration.draws import read_calibration
+from epmq_gptq.calibration.pairs import PairRules
+from epmq_gptq.calibration.rows import IMAGES, PAIRS, TEXT, form_of
+from epmq_gptq.calibration.text import TokenRules
 from epmq_gptq.errors import EPMQInputError, EPMQWarning
 
 END = 29

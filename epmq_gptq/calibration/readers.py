@@ -1,6 +1,6 @@
 """Where calibration rows come from: text, JSON lines and Parquet files, ``datasets``, and memory.
 
-Every source becomes :class:`Items`; what one of them says is checked by ``row_checks.py``.
+Every source becomes :class:`Found`; what one of its rows says is checked by ``rows.py``.
 """
 
 from __future__ import annotations
@@ -13,46 +13,42 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EPMQInputError
-from ..io.declared import shown
+from ..io.declared import conflict, shown
 from ..io.yaml_files import exists, resolve_path
-from .row_checks import Row, are_ids, bad_row
-from .row_forms import TEXT, RowForm
-from .rows import JSON_LINES, OTHER_FORMATS, PARQUET, RowSource, TaggedSource, public_path
+from .rows import PAIRS, Keys, Row, RowForm, Where, are_ids
+from .sources import JSON_LINES, OTHER_FORMATS, PARQUET, RowSource, TaggedSource, public_path
 
 
 @dataclass(frozen=True)
-class Items:
+class Found:
     """What a source holds, before anything is chosen.
 
     Attributes:
         data: the rows as they were found.
+        source: where they come from.
         what: the source, for errors.
         subject: the expert, for errors.
+        form: what a row may be.
         unit: what a row is called: line, paragraph, row.
         numbers: of the rows where they are not 0, 1, …: blank lines count in a file.
-        column: the option of the source.
-        bare: whether a string or a list of ids may stand for a row.
         many: too many to be checked one by one before some are drawn; blank ones are passed over.
-        form: what a row may be.
-        target_column: the option of the source.
         folder: what the names of pictures are relative to.
     """
 
     data: Sequence[Any]
+    source: RowSource
     what: str
     subject: str
+    form: RowForm
     unit: str = "row"
     numbers: list[int] | None = None
-    column: str | None = None
-    bare: bool = False
     many: bool = False
-    form: RowForm = TEXT
-    target_column: str | None = None
     folder: Path = Path()
 
-    def place(self, index: int) -> str:
+    def where(self, index: int) -> Where:
         """What errors call the row with this index."""
-        return f"{self.what}, {self.unit} {self.numbers[index] if self.numbers else index}"
+        number = self.numbers[index] if self.numbers else index
+        return Where(f"{self.what}, {self.unit} {number}", self.subject)
 
     def row(self, index: int) -> Row | None:
         """The checked row; None where it is blank and may be.
@@ -60,36 +56,63 @@ class Items:
         Raises:
             EPMQInputError: it is no row.
         """
-        data, place = self.data[index], self.place(index)
+        source, where = self.source, self.where(index)
+        bare = source.rows is not None and not self.many
         row = self.form.check(
-            data,
-            place,
-            self.subject,
-            column=self.column,
-            target_column=self.target_column,
-            bare=self.bare,
+            self.data[index], Keys(source.column, source.target_column, bare), where
         )
         if row is None:
             if not self.many:
-                raise bad_row(place, "the row is empty", self.subject, "Take it out.")
+                raise where.bad("the row is empty", "Take it out.")
             return None
         if row.kind == "image" and isinstance(row.value, (str, Path)):
             return replace(row, value=resolve_path(str(row.value), self.folder))
         return row
 
 
-def open_items(
-    source: RowSource, what: str, subject: str, folder: Path, form: RowForm = TEXT
-) -> Items:
+def find_rows(source: RowSource, what: str, subject: str, folder: Path, form: RowForm) -> Found:
     """What a source holds, as rows of a form.
+
+    Args:
+        source: where the rows come from.
+        what: how errors call it.
+        subject: the expert, for errors.
+        folder: what relative paths are relative to.
+        form: what a row may be.
 
     Raises:
         EPMQInputError: it cannot be had, or is of another format.
     """
     _check_form(source, form, what, subject)
-    items = _open(source, what, subject, folder, form)
     beside = folder if source.file is None else resolve_path(source.file, folder).parent
-    return replace(items, form=form, target_column=source.target_column, folder=beside)
+    found = Found((), source, what, subject, form, folder=beside)
+    if source.dataset is not None:
+        return _table(found, _load_dataset(source, what, subject, folder))
+    if source.rows is not None:
+        return _given(found)
+    path = resolve_path(source.file, folder)
+    _check_file(source, path, what, subject)
+    if source.suffix in PARQUET:
+        return replace(found, data=_parquet(found, path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise EPMQInputError(
+            f"{what} is not readable as UTF-8 text: {reason}.",
+            code="EPMQ-F32",
+            subject=subject,
+            remedy="Save it as UTF-8.",
+        ) from error
+    if source.suffix in JSON_LINES:
+        return _json_lines(found, text)
+    parts = [
+        (number, part.strip("\r\n"))
+        for number, part in enumerate(_parts(text, source.unit), start=1)
+        if part.strip()
+    ]
+    data = [{"text": part} for _, part in parts]
+    return replace(found, data=data, unit=source.unit, numbers=[number for number, _ in parts])
 
 
 def _check_form(source: RowSource, form: RowForm, what: str, subject: str) -> None:
@@ -102,48 +125,11 @@ def _check_form(source: RowSource, form: RowForm, what: str, subject: str) -> No
             remedy="Give a .jsonl or .parquet file, a dataset, or the rows themselves.",
         )
     if source.concat and not form.from_text:
-        raise EPMQInputError(
-            f"{what}: `concat` joins texts, and this model reads {form.name}.",
-            code="EPMQ-O03",
-            subject="`concat`",
-            remedy="Leave it out.",
-        )
-    if source.target_column is not None and form.name != "pairs":
-        raise EPMQInputError(
-            f"{what}: `target_column` is for pairs of texts, and this model reads {form.name}.",
-            code="EPMQ-O03",
-            subject="`target_column`",
-            remedy="Leave it out.",
-        )
-
-
-def _open(source: RowSource, what: str, subject: str, folder: Path, form: RowForm) -> Items:
-    if source.dataset is not None:
-        data = _load_dataset(source, what, subject, folder)
-        return _table_items(source, data, what, subject, form)
-    if source.rows is not None:
-        return _memory_items(source, what, subject, form)
-    path = resolve_path(source.file, folder)
-    _check_file(source, path, what, subject)
-    if source.suffix in PARQUET:
-        table = _parquet(source, path, what, subject, form)
-        return Items(table, what, subject, column=source.column)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise EPMQInputError(
-            f"{what} is not readable as UTF-8 text: {reason}.",
-            code="EPMQ-F32",
-            subject=subject,
-            remedy="Save it as UTF-8.",
-        ) from error
-    if source.suffix in JSON_LINES:
-        return _json_items(source, text, what, subject)
-    parts = _parts(text, source.unit)
-    found = [(n, part.strip("\r\n")) for n, part in enumerate(parts, start=1) if part.strip()]
-    data = [{"text": part} for _, part in found]
-    return Items(data, what, subject, source.unit, [number for number, _ in found])
+        cause = f"joins texts, and this model reads {form.name}"
+        raise conflict("concat", cause, "Leave it out.").within(what)
+    if source.target_column is not None and form is not PAIRS:
+        cause = f"is for pairs of texts, and this model reads {form.name}"
+        raise conflict("target_column", cause, "Leave it out.").within(what)
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -182,18 +168,17 @@ def _parts(text: str, unit: str) -> Iterable[str]:
     return text.split("\n") if unit == "line" else re.split(r"\n\s*\n", text)
 
 
-def _json_items(source: RowSource, text: str, what: str, subject: str) -> Items:
-    data, lines = [], []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+def _json_lines(found: Found, text: str) -> Found:
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    found = replace(found, unit="line", numbers=[number for number, _ in lines])
+    data = []
+    for index, (_, line) in enumerate(lines):
         try:
             data.append(json.loads(line))
         except (ValueError, RecursionError) as error:
             cause = f"not JSON: {str(error).rstrip('.')}"
-            raise bad_row(f"{what}, line {number}", cause, subject, "Correct the line.") from error
-        lines.append(number)
-    return Items(data, what, subject, "line", lines, source.column)
+            raise found.where(index).bad(cause, "Correct the line.") from error
+    return replace(found, data=data)
 
 
 class _ParquetRows(Sequence):
@@ -209,11 +194,12 @@ class _ParquetRows(Sequence):
         return self.table.slice(index, 1).to_pylist()[0]
 
 
-def _needed(source: RowSource, names: Sequence[str], form: RowForm) -> list[str] | None:
+def _needed(found: Found, names: Sequence[str]) -> list[str] | None:
     """The columns to read of these; None for all, where one is missing.
 
     Then the names are needed to say what there is instead. Others may hold images or anything.
     """
+    source, form = found.source, found.form
     kinds = [source.column] if source.column else form.kinds
     tag = [source.expert_column] if isinstance(source, TaggedSource) else []
     if not set(kinds) & set(names) or not set(tag) <= set(names):
@@ -222,20 +208,18 @@ def _needed(source: RowSource, names: Sequence[str], form: RowForm) -> list[str]
     return [name for name in names if name in wanted]
 
 
-def _parquet(
-    source: RowSource, path: Path, what: str, subject: str, form: RowForm
-) -> Sequence[Any]:
+def _parquet(found: Found, path: Path) -> Sequence[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         names = pyarrow.parquet.read_schema(path).names
-        table = pyarrow.parquet.read_table(path, columns=_needed(source, names, form))
+        table = pyarrow.parquet.read_table(path, columns=_needed(found, names))
     except (pyarrow.ArrowException, OSError) as error:
         raise EPMQInputError(
-            f"{what} is not readable as a Parquet file: {_reason(error)}.",
+            f"{found.what} is not readable as a Parquet file: {_reason(error)}.",
             code="EPMQ-F32",
-            subject=subject,
+            subject=found.subject,
             remedy="Write it again.",
         ) from error
     # To find a row takes time with the number of chunks, one for every group of rows of the file.
@@ -290,34 +274,35 @@ def _reason(error: Exception) -> str:
     return first.rstrip(".") or type(error).__name__
 
 
-def _table_items(source: RowSource, table: Any, what: str, subject: str, form: RowForm) -> Items:
-    columns = _needed(source, table.column_names, form)
+def _table(found: Found, table: Any) -> Found:
+    columns = _needed(found, table.column_names)
     table = table if columns is None else table.select_columns(columns)
-    return Items(table, what, subject, column=source.column, many=True)
+    return replace(found, data=table, many=True)
 
 
-def _memory_items(source: RowSource, what: str, subject: str, form: RowForm) -> Items:
-    rows = source.rows
-    if _is_dataset(rows):
-        return _table_items(source, rows, what, subject, form)
+def _given(found: Found) -> Found:
+    rows = found.source.rows
+    # A table on disk; whoever has one has imported the library.
+    if type(rows).__name__ == "Dataset" and type(rows).__module__.startswith("datasets."):
+        return _table(found, rows)
     remedy = _in_a_list(rows)
     if remedy is not None:
         raise EPMQInputError(
-            f"{what} should be a list of rows, got {type(rows).__name__}.",
+            f"{found.what} should be a list of rows, got {type(rows).__name__}.",
             code="EPMQ-F32",
-            subject=subject,
+            subject=found.subject,
             remedy=remedy,
         )
     listed = rows.tolist() if getattr(rows, "ndim", None) == 1 else list(rows)
     if are_ids(listed):
         raise EPMQInputError(
-            f"{what} is one list of token ids, where a list of rows should be.",
+            f"{found.what} is one list of token ids, where a list of rows should be.",
             code="EPMQ-F32",
-            subject=subject,
+            subject=found.subject,
             remedy=f"Write `[{shown([int(value) for value in listed[:3]])}]` for one row of these "
             "ids.",
         )
-    return Items(listed, what, subject, column=source.column, bare=True)
+    return replace(found, data=listed)
 
 
 def _in_a_list(rows: Any) -> str | None:
@@ -332,8 +317,3 @@ def _in_a_list(rows: Any) -> str | None:
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
         return "Put the rows into a list."
     return None
-
-
-def _is_dataset(rows: Any) -> bool:
-    # A table on disk; whoever has one has imported the library.
-    return type(rows).__name__ == "Dataset" and type(rows).__module__.startswith("datasets.")

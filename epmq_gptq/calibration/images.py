@@ -1,4 +1,4 @@
-"""Rows of images → pixel values, by the merged model's own image processor, and their batches."""
+"""Rows of images → pixel values, by the merged model's own image processor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from ..errors import EPMQInputError
-from .row_checks import Row, bad_row
-from .row_forms import IMAGES
-from .row_sets import RowSet
-from .tokens import EncodedCalibration, RowCounts, TokenRules, counted, encode_text
+from .draws import RowSet
+from .encoded import EncodedCalibration, InputRules, RowCounts, in_turn, padded
+from .rows import IMAGES, Row
+from .text import TokenRules
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -32,13 +32,13 @@ class ImageRow(NamedTuple):
     ids: list[int] | None = None
 
     @property
-    def tokens(self) -> int:
-        """Of its text; its patches are as many as every other image's."""
+    def length(self) -> int:
+        """Tokens of its text; its patches are as many as every other image's."""
         return len(self.ids or ())
 
 
 @dataclass(frozen=True)
-class ImageRules:
+class ImageRules(InputRules):
     """What a merged vision model asks of its images.
 
     Attributes:
@@ -84,22 +84,8 @@ class ImageRules:
             EPMQInputError: a picture cannot be read, or does not have the model's shape; a picture
                 and no processor; texts for some of the rows only.
         """
-        rows, counts = {}, {}
-        for name, each in sets.items():
-            parts = [self._encoded(one, name) for one in each]
-            rows[name] = [row for part in parts for row in part]
-            counts[name] = counted(
-                RowCounts(
-                    asked=one.source.samples,
-                    available=one.available,
-                    used=len(part),
-                    sequences=len(part),
-                    tokens=len(part) * self.positions + sum(row.tokens for row in part),
-                    blank=one.blank,
-                )
-                for one, part in zip(each, parts, strict=True)
-            )
-        with_text = [row.ids is not None for each in rows.values() for row in each]
+        encoded = super().encode(sets)
+        with_text = [row.ids is not None for each in encoded.rows.values() for row in each]
         if not all(with_text) and (any(with_text) or self.needs_text):
             raise EPMQInputError(
                 f"`calibration`: {with_text.count(False)} of {len(with_text)} images have no "
@@ -110,64 +96,56 @@ class ImageRules:
                 if self.needs_text
                 else "Give all of them a text, or none.",
             )
-        return EncodedCalibration(rows, counts, self.form.name)
+        return encoded
 
     def batches(
-        self, rows: Sequence[ImageRow], batch_size: int
+        self, rows: Sequence[ImageRow], batch_size: int, **_: bool
     ) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-        """Inputs of the model, and how many tokens of each batch are calibration."""
-        for start in range(0, len(rows), batch_size):
-            group = rows[start : start + batch_size]
+        """See :meth:`InputRules.batches`."""
+        for group in in_turn(rows, batch_size):
             batch = {"pixel_values": torch.stack([row.pixels for row in group])}
             tokens = len(group) * self.positions
             if group[0].ids is not None:
-                texts = pad_right([row.ids for row in group], self.text.pad_id)
+                texts = padded([row.ids for row in group], self.text.pad_id)
                 batch |= {"input_ids": texts.ids, "attention_mask": texts.mask}
                 tokens += int(texts.mask.sum())
             yield batch, tokens
 
+    def _encoded(self, one: RowSet, expert: str) -> tuple[list[ImageRow], RowCounts]:
+        rows = [ImageRow(self._pixels(row), self._text_of(row)) for row in one.rows]
+        tokens = len(rows) * self.positions + sum(row.length for row in rows)
+        return rows, RowCounts.of(one, rows, tokens)
+
     # ---- one row -----------------------------------------------------------------------------
 
-    def _encoded(self, one: RowSet, expert: str) -> list[ImageRow]:
-        subject = f"expert `{expert}`"
-        rows = []
-        for row in one.rows:
-            ids = None
-            if self.text is not None and row.target is not None:
-                ids = encode_text(row.target, row.place, self.text, expert)
-                # Positions of the text tower are learned: it takes no more.
-                ids = ids if self.text.context is None else ids[: self.text.context]
-            rows.append(ImageRow(self._pixels(row, subject), ids))
-        return rows
+    def _text_of(self, row: Row) -> list[int] | None:
+        if self.text is None or row.target is None:
+            return None
+        # Positions of the text tower are learned: it takes no more.
+        return self.text.tokens_of(row.target, row.where)[: self.text.context]
 
-    def _pixels(self, row: Row, subject: str) -> torch.Tensor:
+    def _pixels(self, row: Row) -> torch.Tensor:
         if row.kind == "pixel_values":
             pixels = torch.as_tensor(row.value).detach().to("cpu", torch.float32)
+        elif self.processor is None:
+            raise row.where.bad(
+                "it is a picture, and the merged model has no image processor",
+                "Add its preprocessor_config.json, or give `pixel_values`.",
+            )
         else:
-            if self.processor is None:
-                raise bad_row(
-                    row.place,
-                    "it is a picture, and the merged model has no image processor",
-                    subject,
-                    "Add its preprocessor_config.json, or give `pixel_values`.",
-                )
-            picture = _opened(row, subject)
-            made = self.processor(images=[picture], return_tensors="pt")
+            made = self.processor(images=[_opened(row)], return_tensors="pt")
             pixels = made["pixel_values"][0].to(torch.float32)
-        wanted = (self.channels, self.size, self.size)
-        if tuple(pixels.shape) != wanted:
+        wanted, got = (self.channels, self.size, self.size), tuple(pixels.shape)
+        if got != wanted:
             source = "pixel values" if row.kind == "pixel_values" else "the image processor's"
-            raise bad_row(
-                row.place,
-                f"{source} should be of {wanted}, as the merged model takes them, got "
-                f"{tuple(pixels.shape)}",
-                subject,
+            raise row.where.bad(
+                f"{source} should be of {wanted}, as the merged model takes them, got {got}",
                 "Prepare the images with the merged model's own image processor.",
             )
         if not bool(torch.isfinite(pixels).all()):
             index = tuple((~torch.isfinite(pixels)).nonzero()[0].tolist())
             cause = f"pixel values are not finite: {pixels[index].item()} at index {list(index)}"
-            raise bad_row(row.place, cause, subject, "Correct the row.")
+            raise row.where.bad(cause, "Correct the row.")
         return pixels
 
 
@@ -190,7 +168,7 @@ def _processor(folder: Path) -> Any:
         ) from error
 
 
-def _opened(row: Row, subject: str) -> Any:
+def _opened(row: Row) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     value = row.value
@@ -208,22 +186,4 @@ def _opened(row: Row, subject: str) -> Any:
         name = f"`{value.name}` " if isinstance(value, Path) else ""
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else "no picture"
         cause = f"{name}cannot be read as a picture: {reason}"
-        raise bad_row(row.place, cause, subject, "Correct the row.") from error
-
-
-class Padded(NamedTuple):
-    """Rows of tokens filled up to one length: ``(B, S)`` ids (int64) and mask (bool)."""
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> Padded:
-    """Rows of tokens as one batch; the mask hides what was filled up."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[index, : len(row)] = True
-    return Padded(ids, mask)
+        raise row.where.bad(cause, "Correct the row.") from error

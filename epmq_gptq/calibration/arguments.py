@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..calibration.rows import DATA_FREE
 from ..errors import EPMQInputError
 from ..io.yaml_files import parse_yaml, resolve_path
-from ..recipe import Recipe
+from .sources import DATA_FREE, recipe_calibration
 
 
 def parse_calibration(values: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def check_source(name: str, value: str) -> Any:
     source = parse_source(name, value)
     if source == DATA_FREE:
         return source
-    Recipe.from_options({"merged": "m", "experts": {name: "e"}, "calibration": {name: source}})
+    recipe_calibration({name: source}, [name])
     for item in source if isinstance(source, list) else [source]:
         file = item.get("file") if isinstance(item, Mapping) else item
         if file is not None and not Path(file).is_file():

@@ -14,10 +14,10 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from epmq_gptq.calibration.batches import plan_for_folder, plan_inputs
-from epmq_gptq.calibration.image_rows import ImageRules
-from epmq_gptq.calibration.row_forms import IMAGES
-from epmq_gptq.calibration.row_sets import read_calibration
-from epmq_gptq.calibration.tokens import TokenRules
+from epmq_gptq.calibration.draws import read_calibration
+from epmq_gptq.calibration.images import ImageRules
+from epmq_gptq.calibration.rows import IMAGES
+from epmq_gptq.calibration.text import TokenRules
 from epmq_gptq.errors import EPMQInputError
 
 SIZE = 16

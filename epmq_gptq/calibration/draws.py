@@ -1,27 +1,23 @@
 """Calibration in any of its forms → the rows of every expert: checked, drawn and counted.
 
-Reading needs no model. What comes next, tokens, is in ``tokens.py``; batches are in
-``calibration.py``.
+Reading needs no model. What comes next, tokens and pixels, is in ``text.py``, ``images.py`` and
+``pairs.py``; batches are in ``batches.py``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import numbers
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import EPMQInputError
-from ..io.declared import bad_option, is_count, shown
-from ..io.options import from_mapping
-from .names import check_data_free, check_some_rows, experts_with_rows, given_sources, listed
-from .row_checks import Row, bad_row
-from .row_forms import TEXT, RowForm
-from .row_readers import Items, open_items
-from .rows import RowSource, TaggedSource
+from ..io.declared import bad_option, conflict, is_count, shown
+from .readers import Found, find_rows
+from .rows import TEXT, Row, RowForm, Where
+from .sources import RowSource, TaggedSource, listed, python_calibration
 
 
 @dataclass(frozen=True)
@@ -53,17 +49,14 @@ class RowSet:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _InOrder:
     """The rows of a large table in a given order, blank ones left out, read one by one."""
 
-    items: Items
+    found: Found
     order: Sequence[int]
 
     def __iter__(self) -> Iterator[Row]:
-        return (row for row in map(self.items.row, self.order) if row is not None)
-
-
-# ---- every form of calibration -----------------------------------------------------------------
+        return (row for row in map(self.found.row, self.order) if row is not None)
 
 
 def read_calibration(
@@ -89,7 +82,7 @@ def read_calibration(
         seed: of the draws: the same seed draws the same rows, on any machine.
         folder: what relative paths are relative to.
         concat_size: join the rows of every source into blocks of so many tokens.
-        form: what a row is for the merged model, see ``row_forms.form_of``.
+        form: what a row is for the merged model, see :func:`~epmq_gptq.calibration.rows.form_of`.
 
     Returns:
         Expert → its sources, in the order of ``experts``; the data-free ones are left out.
@@ -98,23 +91,16 @@ def read_calibration(
         EPMQInputError: the names differ, a source cannot be read, holds something else than rows
             or has too few.
     """
-    if isinstance(calibration, Mapping) and "expert_column" in calibration:
-        calibration = from_mapping(TaggedSource, dict(calibration), "`calibration`")
-    if isinstance(calibration, TaggedSource):
-        calibration.check_experts(experts)
-        for name in calibration.data_free:
-            check_data_free(name, True, name in data_free)
+    block = python_calibration(calibration, experts, data_free)
+    if isinstance(block, TaggedSource):
         named = [name for name in experts if name not in data_free]
-        check_some_rows(named)
-        return _read_tagged(_in_blocks(calibration, concat_size), named, seed, folder, form)
-    named = experts_with_rows(calibration, experts, data_free)
-    sources = {name: given_sources(calibration[name], name) for name in named}
+        return _read_tagged(_in_blocks(block, concat_size), named, seed, folder, form)
     return {
         name: [
             _read(_in_blocks(source, concat_size), name, seed, index, folder, form)
-            for index, source in enumerate(each)
+            for index, source in enumerate(sources)
         ]
-        for name, each in sources.items()
+        for name, sources in block.items()
     }
 
 
@@ -124,23 +110,12 @@ def _in_blocks(source: RowSource, size: int | None) -> RowSource:
     if not is_count(size):
         raise bad_option("calibration_concat_size", "a positive integer", size)
     if source.seqlen not in (None, size):
-        raise EPMQInputError(
-            f"`calibration_concat_size` is {size}, and `seqlen` of {source.label} is "
-            f"{source.seqlen}.",
-            code="EPMQ-O03",
-            subject="`calibration_concat_size`",
-            remedy="Leave one of them out.",
-        )
-    return dataclasses.replace(source, concat=True, seqlen=size)
+        cause = f"is {size}, and `seqlen` of {source.label} is {source.seqlen}"
+        raise conflict("calibration_concat_size", cause, "Leave one of them out.")
+    return source.model_copy(update={"concat": True, "seqlen": size})
 
 
 # ---- one source --------------------------------------------------------------------------------
-
-
-def _what(source: RowSource, expert: str) -> str:
-    if source.rows is not None:
-        return f"calibration of expert `{expert}`"
-    return f"`calibration.{expert}`: `{source.label}`"
 
 
 def _draw(source: RowSource, expert: str, seed: int, index: int = 0) -> random.Random:
@@ -150,55 +125,54 @@ def _draw(source: RowSource, expert: str, seed: int, index: int = 0) -> random.R
 def _read(
     source: RowSource, expert: str, seed: int, index: int, folder: Path, form: RowForm
 ) -> RowSet:
-    what = _what(source, expert)
-    items = open_items(source, what, f"expert `{expert}`", folder, form)
-    draw = _draw(source, expert, seed, index)
-    return _chosen(source, items, range(len(items.data)), what, draw)
+    if source.rows is not None:
+        what = f"calibration of expert `{expert}`"
+    else:
+        what = f"`calibration.{expert}`: `{source.label}`"
+    found = find_rows(source, what, f"expert `{expert}`", folder, form)
+    return _chosen(found, range(len(found.data)), what, _draw(source, expert, seed, index))
 
 
-def _chosen(
-    source: RowSource, items: Items, indices: Sequence[int], what: str, draw: random.Random
-) -> RowSet:
+def _chosen(found: Found, indices: Sequence[int], what: str, draw: random.Random) -> RowSet:
     """As many of these rows as the source asks for."""
     if not indices:
-        raise _no_rows(what, items.subject)
-    if items.many:
-        return _chosen_of_many(source, items, indices, what, draw)
+        raise _no_rows(what, found.subject)
+    if found.many:
+        return _chosen_of_many(found, indices, what, draw)
+    source = found.source
     # All of them, also those that are not drawn: a bad row is better known today than with
     # another seed.
-    rows = [items.row(index) for index in indices]
+    rows = [found.row(index) for index in indices]
     if source.concat:
         order = rows if source.samples is None else draw.sample(rows, len(rows))
         return RowSet(source, order, len(rows))
     wanted = len(rows) if source.samples is None else source.samples
-    _check_enough(what, wanted, len(rows), items.subject)
+    _check_enough(what, wanted, len(rows), found.subject)
     chosen = sorted(draw.sample(range(len(rows)), wanted))
     return RowSet(source, [rows[i] for i in chosen], len(rows))
 
 
-def _chosen_of_many(
-    source: RowSource, items: Items, indices: Sequence[int], what: str, draw: random.Random
-) -> RowSet:
-    order = list(indices)
+def _chosen_of_many(found: Found, indices: Sequence[int], what: str, draw: random.Random) -> RowSet:
+    source, order = found.source, list(indices)
     if source.samples is not None:
         draw.shuffle(order)
     if source.concat:
-        return RowSet(source, _Drawn(items, order), len(order))
+        return RowSet(source, _InOrder(found, order), len(order))
     chosen: dict[int, Row] = {}
     blank = 0
     for index in order:
-        row = items.row(index)
+        row = found.row(index)
         if row is None:  # public text sets are full of empty lines
             blank += 1
             continue
         chosen[index] = row
         if len(chosen) == source.samples:
             break
-    place = f" in split `{source.split or 'train'}`" if source.dataset is not None else ""
-    note = place + (f" besides {blank} blank" if blank else "")
     if not chosen:
-        raise _no_rows(what, items.subject)
-    _check_enough(what, source.samples or len(chosen), len(chosen), items.subject, note)
+        raise _no_rows(what, found.subject)
+    split = f" in split `{source.split or 'train'}`" if source.dataset is not None else ""
+    note = split + (f" besides {blank} blank" if blank else "")
+    _check_enough(what, source.samples or len(chosen), len(chosen), found.subject, note)
     return RowSet(source, [chosen[index] for index in sorted(chosen)], len(order), blank)
 
 
@@ -228,8 +202,8 @@ def _read_tagged(
     source: TaggedSource, experts: Sequence[str], seed: int, folder: Path, form: RowForm
 ) -> dict[str, list[RowSet]]:
     what = "`calibration`" if source.rows is not None else f"`calibration`: `{source.label}`"
-    items = open_items(source, what, "`calibration`", folder, form)
-    indices = _indices(source, items, experts, what)
+    found = find_rows(source, what, "`calibration`", folder, form)
+    indices = _indices(source, found, experts)
     empty = [name for name in experts if not indices[name]]
     if empty:
         raise EPMQInputError(
@@ -241,35 +215,33 @@ def _read_tagged(
         )
     sets = {}
     for name in experts:
+        own = replace(found, subject=f"expert `{name}`")
         draw = _draw(source, name, seed)
-        own = f"{what}, expert `{name}`"
-        sets[name] = [_chosen(source, items, indices[name], own, draw)]
+        sets[name] = [_chosen(own, indices[name], f"{what}, expert `{name}`", draw)]
     return sets
 
 
-def _indices(
-    source: TaggedSource, items: Items, experts: Sequence[str], what: str
-) -> dict[str, list[int]]:
+def _indices(source: TaggedSource, found: Found, experts: Sequence[str]) -> dict[str, list[int]]:
     """The rows of every expert."""
     # YAML reads `0: math` as a number; whether the column holds a number or its text is the same.
     names = {str(value): name for value, name in source.experts_by_value.items()}
     indices: dict[str, list[int]] = {name: [] for name in experts}
     others: dict[str, int] = {}
-    for index, value in enumerate(_values(source, items)):
+    for index, value in enumerate(_tags(source, found)):
         if isinstance(value, bool) or not isinstance(value, (str, numbers.Integral)):
             cause = f"`{source.expert_column}` should name an expert, got {shown(value)}"
             remedy = "Correct the row, or choose another `expert_column`."
-            raise bad_row(items.place(index), cause, "`expert_column`", remedy)
+            raise _column_at(found, index).bad(cause, remedy)
         name = names.get(str(value), str(value))
         if name in indices:
             indices[name].append(index)
         else:
             others[str(value)] = others.get(str(value), 0) + 1
     if others and source.other_values == "refuse":
-        found = ", ".join(f"`{value[:80]}` ({n} rows)" for value, n in list(others.items())[:20])
+        counts = ", ".join(f"`{value[:80]}` ({n} rows)" for value, n in list(others.items())[:20])
         raise EPMQInputError(
-            f"{what}: column `{source.expert_column}` holds values that are none of the experts "
-            f"{listed(experts)}: {found}.",
+            f"{found.what}: column `{source.expert_column}` holds values that are none of the "
+            f"experts {listed(experts)}: {counts}.",
             code="EPMQ-F21",
             subject=f"`{source.expert_column}`",
             remedy="Map them with `experts_by_value`, or set `other_values: ignore`.",
@@ -277,24 +249,26 @@ def _indices(
     return indices
 
 
-def _values(source: TaggedSource, items: Items) -> Iterable[Any]:
+def _tags(source: TaggedSource, found: Found) -> Iterable[Any]:
+    """What the column says of every row."""
     column = source.expert_column
-    if items.many:
-        if column not in items.data.column_names:
-            raise _no_column(source, items.what, items.data.column_names)
-        yield from items.data[column]
+    if found.many:
+        names = found.data.column_names
+        if column not in names:
+            raise _no_column(source, Where(found.what, "`expert_column`"), names)
+        yield from found.data[column]
         return
-    for index, data in enumerate(items.data):
+    for index, data in enumerate(found.data):
         if not isinstance(data, Mapping) or column not in data:
             has = list(data) if isinstance(data, Mapping) else [type(data).__name__]
-            raise _no_column(source, items.place(index), has)
+            raise _no_column(source, _column_at(found, index), has)
         yield data[column]
 
 
-def _no_column(source: TaggedSource, place: str, has: Iterable[Any]) -> EPMQInputError:
-    return bad_row(
-        place,
-        f"there is no `{source.expert_column}`, it has {listed(map(str, has))}",
-        "`expert_column`",
-        "Name the column that holds the experts' names.",
-    )
+def _column_at(found: Found, index: int) -> Where:
+    return found.where(index)._replace(subject="`expert_column`")
+
+
+def _no_column(source: TaggedSource, where: Where, has: Iterable[Any]) -> EPMQInputError:
+    cause = f"there is no `{source.expert_column}`, it has {listed(map(str, has))}"
+    return where.bad(cause, "Name the column that holds the experts' names.")
