@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..errors import EPMQInputError
 from ..experts.adapters import Adapter
 from ..experts.linears import Linear, StoredWeight, resolve
-from ..experts.weights import QUANTIZED_SUFFIXES, find_weight
+from ..experts.weights import find_weight, refuse_quantized
 from .findings import Finding, counted, listed
 
 # Tables with one row per token; their rows may differ, because they are not quantized.
@@ -54,9 +54,12 @@ def check_tensors(
         adapter: what stands on top of ``store``.
     """
     linears = list(linears)
-    quantized = _quantized(store, what)
-    if quantized is not None:
-        return Headers([quantized], _table(store))
+    try:
+        refuse_quantized(store, what)
+    except EPMQInputError as error:
+        if error.code == "EPMQ-F07":
+            return Headers([Finding.from_error(error)], _table(store))
+        # Else the configuration is not readable, which is said where it is compared.
     findings, used, unfit = [], set(), []
     for linear in linears:
         try:
@@ -111,23 +114,6 @@ def _find(store: Any, linear: Linear, adapter: Adapter | None) -> StoredWeight:
     if replaced is not None:
         return find_weight(adapter.tensors, linear, replaced)
     return find_weight(store, linear)
-
-
-def _quantized(store: Any, what: str) -> Finding | None:
-    """F07: codes where weights should be, by name or by what the configuration says."""
-    tensor = next((name for name in store if name.endswith(QUANTIZED_SUFFIXES)), None)
-    block = _config(store).get("quantization_config")
-    if tensor is None and not block:
-        return None
-    method = block.get("quant_method", "?") if isinstance(block, dict) else "?"
-    reason = f"it holds `{tensor}`" if tensor else f"`quantization_config` says {method!r}"
-    return Finding(
-        "error",
-        "EPMQ-F07",
-        what,
-        f"{what}: already quantized ({reason}).",
-        "Give the full-precision model.",
-    )
 
 
 def _bare(name: str) -> str:

@@ -107,6 +107,7 @@ def _open_models(
 ) -> tuple[dict[str, Path], list[Need]]:
     """What errors call each model → its folder; and what the run will write at least."""
     from ..experts.experts import Experts
+    from ..experts.weights import refuse_quantized
     from ..io.checkpoints import check_folder, open_checkpoint
 
     specs = {"`merged`": recipe.merged}
@@ -116,7 +117,7 @@ def _open_models(
     folders, needs = {}, []
     for what, spec in specs.items():
         checkpoint, source = open_checkpoint(recipe.source(spec), what=what)
-        _refuse_quantized(checkpoint, what)
+        refuse_quantized(checkpoint, what)
         check_folder(source.path, what=what)
         folders[what] = source.path
         # All models of a merge are of one size.
@@ -130,16 +131,6 @@ def _open_models(
         folders |= experts.folders
         experts.close()
     return folders, needs
-
-
-def _refuse_quantized(checkpoint, what: str) -> None:
-    if "quantization_config" in checkpoint.config():
-        raise EPMQInputError(
-            f"{what}: `{checkpoint.path.name}` is already quantized.",
-            code="EPMQ-F07",
-            subject=what,
-            remedy="Give the full-precision model.",
-        )
 
 
 def _needs(checkpoint, recipe: Recipe, out: Path, resume: Path | None) -> list[Need]:

@@ -22,7 +22,6 @@ from .adapters import Adapter, Update, is_adapter
 from .in_memory import InMemoryExpert
 from .linears import Linear, StoredWeight
 from .weights import (
-    QUANTIZED_SUFFIXES,
     check_finite,
     find_weight,
     oriented,
@@ -33,7 +32,6 @@ from .weights import (
 )
 
 __all__ = [
-    "QUANTIZED_SUFFIXES",
     "Expert",
     "Experts",
     "check_finite",

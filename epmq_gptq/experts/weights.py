@@ -84,15 +84,39 @@ def row_norms(W: torch.Tensor, update: Update) -> torch.Tensor:
     return torch.cat([(rows + B @ update.A).norm(dim=1) for rows, B in blocks])
 
 
+def quantized_by(store: Any) -> str:
+    """What says that a model's weights are codes already; "" where they are plain numbers.
+
+    Tensors by their names, ``quantization_config`` in config.json, or a ``quantize_config.json``.
+
+    Raises:
+        EPMQInputError: config.json cannot be read.
+    """
+    tensor = next((name for name in store if name.endswith(QUANTIZED_SUFFIXES)), None)
+    if tensor is not None:
+        return f"it holds `{tensor}`"
+    block = store.config().get("quantization_config")
+    if block is not None:
+        method = block.get("quant_method", "?") if isinstance(block, dict) else "?"
+        return f"`quantization_config` says {method!r}"
+    path = getattr(store, "path", None)
+    is_listed = path is not None and (path / "quantize_config.json").is_file()
+    return "it holds `quantize_config.json`" if is_listed else ""
+
+
 def refuse_quantized(store: Any, what: str) -> None:
-    """Raise :class:`EPMQInputError` if ``store`` holds codes and scales."""
-    quantized = next((t for t in store if t.endswith(QUANTIZED_SUFFIXES)), None)
-    if quantized is not None:
+    """Refuse a model whose weights are codes already.
+
+    Raises:
+        EPMQInputError: they are, or config.json cannot be read; ``what`` is how it calls the model.
+    """
+    reason = quantized_by(store)
+    if reason:
         raise EPMQInputError(
-            f"{what}: already quantized (it holds `{quantized}`).",
+            f"{what}: already quantized ({reason}).",
             code="EPMQ-F07",
             subject=what,
-            remedy="Give the full-precision expert.",
+            remedy="Give the full-precision model.",
         )
 
 

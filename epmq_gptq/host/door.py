@@ -7,6 +7,7 @@ the host is changed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -28,6 +29,7 @@ from gptqmodel.utils.structure import LazyTurtle
 
 from ..config import EPMQConfig
 from ..errors import EPMQHostError, EPMQInputError
+from ..experts.weights import refuse_quantized
 from ..io.checkpoints import Checkpoint, check_folder, resolve_source
 from ..io.hub import parse_hub_id
 from ..io.yaml_files import exists
@@ -297,13 +299,6 @@ def merged_folder(
         spec = asked.at(revision)
     source = resolve_source(spec, what="the merged model", require_pinned=require_pinned)
     check_folder(source.path, what="the merged model")
-    merged = Checkpoint(source.path, what="the merged model")
-    if "quantization_config" in merged.config() or (source.path / "quantize_config.json").is_file():
-        raise EPMQInputError(
-            f"the merged model: `{source.name}` is already quantized.",
-            code="EPMQ-F07",
-            subject="the merged model",
-            remedy="Give the full-precision merge.",
-        )
-    merged.close()
+    with contextlib.closing(Checkpoint(source.path, what="the merged model")) as merged:
+        refuse_quantized(merged, "the merged model")
     return source.path

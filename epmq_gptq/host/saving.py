@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..checks.engines.checkpoint import read_checkpoint
-from ..checks.engines.facts import Export
-from ..checks.engines.packed import dequantized_rows, shape_of
+from ..checks.engines.checkpoint import Reading
+from ..checks.engines.packed import PACKED, dequantized_rows
+from ..checks.validate import validate
 from ..errors import EPMQError, EPMQInputError
-from ..experts.weights import check_finite
 from ..io.checkpoints import Checkpoint
 from ..io.folders import INDEX_NAME, read_json
 from ..io.output import check_output, check_space, new_folder
@@ -24,8 +23,6 @@ from ..publish.card import write_card
 from ..report import ModuleReport
 from .recorded.bundle import FOLDER_NAME, Bundle
 
-# What one packed linear layer consists of.
-PACKED = ("qweight", "qzeros", "scales", "g_idx")
 # Rows of the rounded weight are compared up to the half precision that scales are stored in
 # (2^-9 for bfloat16) and that the rows are kept in.
 ROUNDED_TOLERANCE = 0.01
@@ -175,9 +172,9 @@ def verify_checkpoint(
 ) -> None:
     """Read back what was written and compare it with what is in memory.
 
-    Every shard is opened; the tensors are those of the model, of its shapes; every floating value
-    is finite; the packed parts of every layer fit one another and both configuration files; and two
-    rows of every layer, dequantized, are those that were rounded.
+    The tensors are those of the model, of its shapes; the checkpoint is whole, see
+    :func:`~epmq_gptq.checks.validate.validate`; and two rows of every layer, dequantized, are those
+    that were rounded.
 
     Args:
         folder: what was written.
@@ -187,22 +184,11 @@ def verify_checkpoint(
     Raises:
         EPMQError: naming the file or tensor.
     """
-    with _reading_back():
-        checkpoint = Checkpoint(folder, what=_WRITTEN)
-        for module in modules:
-            for part in PACKED:
-                if f"{module.module}.{part}" not in checkpoint:
-                    raise _written_wrong(
-                        f"lacks `{module.module}.{part}`", f"module `{module.module}`"
-                    )
+    with _reading_back(), contextlib.closing(Checkpoint(folder, what=_WRITTEN)) as checkpoint:
         _check_names(checkpoint, tensors)
-        for name in checkpoint:
-            if checkpoint.info(name).torch_dtype is not None:
-                check_finite(checkpoint.read(name), f"{_WRITTEN}: `{name}`")
-        export = _check_configurations(folder, checkpoint, modules)
+        reading = validate(checkpoint, [module.module for module in modules])
         for module in modules:
-            _check_rounded(checkpoint, module, export)
-        checkpoint.close()
+            _check_rounded(checkpoint, module, reading)
 
 
 def tensors_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -235,49 +221,13 @@ def _check_names(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) ->
             )
 
 
-def _check_configurations(
-    folder: Path, checkpoint: Checkpoint, modules: Sequence[ModuleReport]
-) -> Export:
-    """How the layers are packed, if the two files and the tensors agree on it."""
-    files = {
-        "config.json": read_json(folder, "config.json", _WRITTEN).get("quantization_config"),
-        "quantize_config.json": read_json(folder, "quantize_config.json", _WRITTEN),
-    }
-    for file, block in files.items():
-        if not isinstance(block, dict) or "bits" not in block:
-            raise _written_wrong(f"lacks the quantization in `{file}`", f"`{file}`")
-    for key in ("bits", "group_size", "sym", "desc_act"):
-        one, other = (block.get(key) for block in files.values())
-        if one != other:
-            raise _written_wrong(
-                f"has `{key}` {one!r} in `config.json` and {other!r} in `quantize_config.json`",
-                f"`{key}`",
-            )
-    reading = read_checkpoint(checkpoint, files["quantize_config.json"], limit=0)
-    stored = reading.facts.stored
-    wrong = [*stored.faults, *(text for texts in stored.unlike.values() for text in texts)]
-    if wrong:
-        raise _written_wrong(f"is not consistent: {wrong[0]}", "`quantization_config`")
-    packed = {layer.name for layer in reading.facts.layers}
-    odd = sorted(packed ^ {module.module for module in modules})
-    if odd:
-        raise _written_wrong(f"has other packed layers: `{odd[0]}`", f"module `{odd[0]}`")
-    return reading.facts.export
-
-
-def _check_rounded(checkpoint: Checkpoint, module: ModuleReport, export: Export) -> None:
+def _check_rounded(checkpoint: Checkpoint, module: ModuleReport, reading: Reading) -> None:
     """Two rows of one layer, dequantized, against those that were rounded in memory."""
-    parts = {part: checkpoint.read(f"{module.module}.{part}") for part in PACKED}
-    shape = shape_of({part: tuple(tensor.shape) for part, tensor in parts.items()}, module.bits)
-    group = parts["g_idx"]
-    if int(group.min()) < 0 or int(group.max()) >= shape.groups:
-        raise _written_wrong(
-            f"holds `{module.module}.g_idx` beyond its {shape.groups} groups",
-            f"module `{module.module}`",
-        )
     if module.rounded is None:
         return  # rounded by another process, before this one went on with its run
-    rows = dequantized_rows(parts, (0, shape.outputs - 1), shape, export.format)
+    parts = {part: checkpoint.read(f"{module.module}.{part}") for part in PACKED}
+    shape = reading.shapes[module.module]
+    rows = dequantized_rows(parts, (0, shape.outputs - 1), shape, reading.facts.export.format)
     rounded = module.rounded.float()
     if float((rows - rounded).norm()) > ROUNDED_TOLERANCE * float(rounded.norm()):
         raise _written_wrong(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import EPMQInputError
 from ..io.checkpoints import Checkpoint
 from ..io.folders import check_file, matching
 from .compatibility import DTYPES
@@ -31,22 +30,6 @@ PATTERNS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-
-
-def check_floating(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose configuration says that its weights are quantized.
-
-    Raises:
-        EPMQInputError: that; or the configuration cannot be read.
-    """
-    if "quantization_config" in checkpoint.config():
-        raise EPMQInputError(
-            f"{checkpoint.what}: `config.json` has a `quantization_config`; only floating weights "
-            "can be merged.",
-            code="EPMQ-F07",
-            subject=checkpoint.what,
-            remedy="Give the checkpoint it was quantized from.",
-        )
 
 
 def companions(checkpoint: Checkpoint) -> list[Path]:

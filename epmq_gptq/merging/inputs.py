@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from ..experts.weights import refuse_quantized
 from ..io.checkpoints import Checkpoint, Source, open_checkpoint
-from .companions import check_floating, companions
+from .companions import companions
 from .compatibility import DTYPES, Header, check_copied, check_headers
 from .method import Stack
 
@@ -78,7 +79,7 @@ def check_inputs(inputs: Inputs) -> list[str]:
     headers = {expert: _header(c) for expert, (c, _) in inputs.experts.items()}
     check_headers(_header(reference), what, headers)
     for checkpoint, _ in inputs.all():
-        check_floating(checkpoint)
+        refuse_quantized(checkpoint, checkpoint.what)
     companions(reference)
     copied = [name for name in reference if reference.info(name).dtype not in DTYPES]
     for name in copied:

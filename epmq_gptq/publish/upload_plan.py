@@ -5,6 +5,7 @@ An allow-list: what nobody thought of stays at home. No request is made here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,14 +15,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks.serving import Export
+from ..checks.validate import validate
 from ..errors import EPMQInputError
-from ..experts.weights import check_finite
-from ..host.saving import PACKED
 from ..io.checkpoints import Checkpoint
 from ..io.folders import CARD_NAME, INDEX_NAME, check_file, list_folder, read_json, reason_of
 from ..io.hub import parse_hub_id
-from .card_facts import EVALUATION, REPORT, WHAT, quantized_linears, read_export
+from .card_facts import EVALUATION, REPORT, WHAT
 
 _CONFIGS = ("config.json", "quantize_config.json")
 _BESIDE = (
@@ -51,8 +50,6 @@ _REPORTS = (REPORT, "epmq_report.html", EVALUATION)
 # Lists of tokens: any string may be one, that of a path, too.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json", "vocab.txt")
 _TEXT = (".json", ".jinja", ".md", ".txt", ".html", ".py", "")
-# Where two files of one checkpoint say the same thing, they must agree.
-_SHARED = ("bits", "group_size", "sym", "desc_act", "lm_head", "dynamic", "pack_dtype")
 
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b")
 # Folders in which people keep models, in running text; a URL has a letter before its slash.
@@ -112,12 +109,9 @@ def plan_upload(
     """
     folder = Path(folder).expanduser()
     names = list_folder(folder, WHAT)
-    checkpoint = Checkpoint(folder, what=WHAT)
-    try:
-        check_quantization(checkpoint)
+    with contextlib.closing(Checkpoint(folder, what=WHAT)) as checkpoint:
+        validate(checkpoint)
         shards = sorted({checkpoint.info(name).file for name in checkpoint})
-    finally:
-        checkpoint.close()
     wanted = [*_CONFIGS, *([INDEX_NAME] if INDEX_NAME in names else [])]
     wanted += sorted(name for name in names if _is_beside(name))
     wanted += _templates(folder)
@@ -186,72 +180,6 @@ def _code(folder: Path, names: set[str], with_code: bool) -> list[str]:
         )
     # They import one another, and `auto_map` does not say which.
     return sorted(needed | {name for name in names if name.endswith(".py")})
-
-
-# ---- consistency -------------------------------------------------------------------------------
-
-
-def check_quantization(checkpoint: Checkpoint) -> None:
-    """Whether configuration and tensors say the same, and every number is one.
-
-    Raises:
-        EPMQInputError: they do not.
-        EPMQNumericalError: a value is not finite.
-    """
-    folder = checkpoint.path
-    quantization = read_json(folder, "quantize_config.json", WHAT)
-    inner = read_json(folder, "config.json", WHAT).get("quantization_config")
-    if not isinstance(inner, Mapping):
-        raise _unfit("`config.json` has no `quantization_config`", "`config.json`")
-    for key in _SHARED:
-        if key in quantization and key in inner and quantization[key] != inner[key]:
-            raise _unfit(
-                f"`{key}` is {quantization[key]!r} in `quantize_config.json` and {inner[key]!r} in "
-                "`config.json`",
-                f"`{key}`",
-            )
-    export = read_export(quantization)
-    modules = [name.removesuffix(".qweight") for name in checkpoint if name.endswith(".qweight")]
-    if not modules:
-        raise _unfit("it holds no quantized layer", "the weights")
-    for module in modules:
-        for part in PACKED:
-            if f"{module}.{part}" not in checkpoint:
-                raise _unfit(f"tensor `{module}.{part}` is missing", f"module `{module}`")
-        if f"{module}.weight" in checkpoint:
-            raise _unfit(f"`{module}` is there quantized and as it was", f"module `{module}`")
-    if quantization.get("pack_dtype", "int32") == "int32":
-        _check_shapes(checkpoint, export)
-    for name in checkpoint:
-        if checkpoint.info(name).torch_dtype is not None:
-            check_finite(
-                checkpoint.read(name), f"{WHAT}: `{name}`", remedy="Quantize the merge again."
-            )
-
-
-def _check_shapes(checkpoint: Checkpoint, export: Export) -> None:
-    for linear in quantized_linears(checkpoint):
-        settings = export.of(linear.name)
-        if settings is None:
-            raise _unfit(
-                f"`{linear.name}` is quantized, and `dynamic` says that it is not",
-                f"module `{linear.name}`",
-            )
-        size = linear.inputs if settings.group_size == -1 else settings.group_size
-        groups = -(-linear.inputs // size)
-        expected = {
-            "qweight": (linear.inputs * settings.bits // 32, linear.outputs),
-            "qzeros": (groups, linear.outputs * settings.bits // 32),
-            "scales": (groups, linear.outputs),
-        }
-        for part, shape in expected.items():
-            got = checkpoint.info(f"{linear.name}.{part}").shape
-            if got != shape:
-                raise _unfit(
-                    f"`{linear.name}.{part}` has shape {got}; {settings.bits} bits and groups of "
-                    f"{size} make {shape}",
-                    f"module `{linear.name}`",
-                )
 
 
 # ---- what is private ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from judge import stored
 from typer.testing import CliRunner
 
 from epmq_gptq import cli
-from epmq_gptq.host.saving import PACKED
+from epmq_gptq.checks.engines.packed import PACKED
 from epmq_gptq.io.output import check_output
 
 HERE = Path(__file__).parent

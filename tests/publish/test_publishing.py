@@ -498,7 +498,7 @@ def test_a_layer_that_lacks_a_part_is_refused(hub, checkpoint):
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused("EPMQ-P01", f"tensor `{name}` is missing", folder=checkpoint)
+    refused("EPMQ-P01", f"lacks `{name}`", folder=checkpoint)
     assert hub.requests == []
 
 

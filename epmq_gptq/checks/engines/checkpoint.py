@@ -14,13 +14,12 @@ from ...errors import EPMQInputError
 from ...io.checkpoints import TensorInfo
 from .facts import Export, Facts, Layer, Settings, Stored, gathered
 from .fused import LINEAR_LEAVES
-from .packed import Shape, group_size, is_plain_order, shape_of, zero_kind
+from .packed import PACKED, Shape, group_size, is_plain_order, shape_of, zero_kind
 from .table import CONFIG_FILE
 
 CONFIG, QUANTIZE_CONFIG = "config.json", "quantize_config.json"
 assert set(CONFIG_FILE.values()) == {CONFIG, QUANTIZE_CONFIG}
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_NEEDED = _PARTS[:3]
+_NEEDED = PACKED[:3]
 _BLOCK = re.compile(r"(.*?)\.\d+\.")
 _HEADS = ("lm_head", "embed_out", "output_layer", "output", "head")
 # Bytes of one entry by safetensors' codes.
@@ -48,10 +47,12 @@ class Reading:
     Attributes:
         facts: for the rules.
         found: the same as plain data, for people and JSON.
+        shapes: packed layer → its shape, of those whose tensors fit one another.
     """
 
     facts: Facts
     found: dict[str, Any]
+    shapes: dict[str, Shape]
 
 
 @dataclass
@@ -112,7 +113,7 @@ def read_checkpoint(
     )
     given = {layer.name: layer.settings for layer in layers}
     facts = gathered(export, layers, config, given.get, stored)
-    return Reading(facts, _found(store, facts, content))
+    return Reading(facts, _found(store, facts, content), shapes)
 
 
 # ---- what the configuration says ---------------------------------------------------------------
@@ -186,7 +187,7 @@ def _modules(store: Store) -> Modules:
     modules: Modules = {}
     for name in store:
         module, _, part = name.rpartition(".")
-        if part in _PARTS and f"{module}.qweight" in store:
+        if part in PACKED and f"{module}.qweight" in store:
             modules.setdefault(module, {})[part] = store.info(name)
     return modules
 
@@ -329,7 +330,7 @@ def _found(store: Store, facts: Facts, content: _Content) -> dict[str, Any]:
     counts = Counter(layer.settings for layer in facts.layers)
     dtypes = Counter(store.info(name).dtype for name in store)
     dense = Counter(
-        store.info(name).dtype for name in store if name.rpartition(".")[2] not in _PARTS
+        store.info(name).dtype for name in store if name.rpartition(".")[2] not in PACKED
     )
     stored = facts.stored
     assert stored is not None

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+# What one packed linear layer consists of.
+PACKED = ("qweight", "qzeros", "scales", "g_idx")
 WORD = 32
 # Bits → the planes of `gptq_p`, lowest first (gptqmodel/utils/planar_packing.py).
 _PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
