@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from ..calibration.rows import form_of
+from ..checks.engines.packed import PACKED
 from ..errors import EPMQInputError
 from ..io.checkpoints import Checkpoint, check_folder, resolve_source
 from ..io.folders import read_json
@@ -18,7 +19,6 @@ from ..io.folders import read_json
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WHAT = "the model"
 # Tensors of a packed layer in a checkpoint; its bias stays an ordinary tensor.
-_PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass
@@ -267,7 +267,7 @@ def _make_dense(model: torch.nn.Module, checkpoint: Checkpoint, dtype: torch.dty
             tensor.data = tensor.data.to(dtype)
     # GPTQModel loads in half precision; what the checkpoint holds in more is read again.
     for name in checkpoint:
-        if checkpoint.info(name).torch_dtype is None or name.rpartition(".")[2] in _PACKED:
+        if checkpoint.info(name).torch_dtype is None or name.rpartition(".")[2] in PACKED:
             continue
         # transformers 5 dropped this prefix of CLIP's vision tower; checkpoints of the hub have it.
         names = (name, name.removeprefix("vision_model."), f"vision_model.{name}")
