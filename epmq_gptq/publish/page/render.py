@@ -16,18 +16,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
+
 from ...io.console import human_size
 from ...report import QuantizationReport
+from .charts import NAMES, cut, page_charts
 from .figures import report_figures
 from .retention import Retention
+from .texts import duration, number, percent, points
 
 _ASSETS = Path(__file__).parent / "assets"
-PLOTLY = "plotly-cartesian.min.js"
-PLOTLY_VERSION = "4.1.1"
 # Digits that are told; the JSON document has them all.
 _DIGITS = 5
-# Figures of the document → those of the page's data, per module and expert.
-_EXTRAS = ("weight", "share", "energy", "rows")
 
 
 def report_page(
@@ -51,21 +51,24 @@ def report_page(
 
 def page_of(document: dict[str, Any]) -> str:
     """The page of what :func:`~epmq_gptq.publish.page.report_figures` returned."""
-    scripts = {"plotly": _asset(PLOTLY), "page": _asset("page.js")}
+    known = _present(document)
+    data = {"charts": page_charts(document, known), "table": module_table(document)}
+    scripts = {"plotly": get_plotlyjs().replace("\r", ""), "page": _asset("page.js")}
     html = _template().render(
         document=document,
         run=document["run"],
         baseline=document["baseline"],
         facts=list(_facts(document)),
         lead=_lead(document),
-        has=_present(document),
+        known={key: NAMES[key] for key in known},
         evaluated=any(one["retention"] for one in document["experts"]),
         guards=[one for one in document["modules"] if one["target"] != "experts" and one["reason"]],
-        data=json_for_html(page_data(document)),
+        charts=data["charts"],
+        data=json_for_html(data),
         style=_asset("page.css"),
         scripts=scripts,
         policy=_policy(scripts.values()),
-        plotly_version=PLOTLY_VERSION,
+        plotly_version=get_plotlyjs_version(),
     )
     # JSON may hold halves of characters, which no file can.
     return html.encode("utf-8", "replace").decode("utf-8")
@@ -89,6 +92,7 @@ def _template():
     )
     environment.filters |= {"percent": percent, "points": points, "number": number}
     environment.filters["short"] = lambda value: "–" if value is None else f"{value:.3g}"
+    environment.filters["cut"] = lambda value: cut(value, 48)
     environment.filters |= {"seconds": duration, "size": human_size}
     return environment.get_template("page.html.j2")
 
@@ -114,57 +118,68 @@ def json_for_html(data: Any) -> str:
     return Markup(text)
 
 
-# ---- the data of the page ------------------------------------------------------------------------
+# ---- the table of modules ------------------------------------------------------------------------
+
+_TARGETS = {"experts": "experts", "merged": "kept merged", "rtn": "rounded to nearest"}
 
 
-def page_data(document: dict[str, Any]) -> dict[str, Any]:
-    """What the page's script reads: the document's figures as flat lists, group by expert."""
-    experts = [one["name"] for one in document["experts"]]
+def module_table(document: dict[str, Any]) -> dict[str, Any]:
+    """The table's columns and rows, one per module and expert; of a text its place in ``names``."""
+    layers = {row["label"]: place for place, row in enumerate(document["layers"])}
+    experts = {row["name"]: place for place, row in enumerate(document["experts"])}
     modules = document["modules"]
-    labels = {label: place for place, label in enumerate(_column(document["layers"], "label"))}
-    kinds = {kind: place for place, kind in enumerate(_column(document["kinds"], "kind"))}
-    columns = ("module", "target", "reason", "bits", "alpha", "held_out_gain")
-    data = {
-        "experts": experts,
-        "judged_by": document["judged_by"],
-        "layers": _column(document["layers"], "label"),
-        "stacks": _column(document["layers"], "stack"),
-        "kinds": list(kinds),
-        "modules": {key: [_rounded(one[key]) for one in modules] for key in columns}
-        | {
-            "layer": [labels[one["layer"]] for one in modules],
-            "kind": [kinds[one["kind"]] for one in modules],
-        },
-        "cells": _flat(modules, experts, (*_present(document), *_EXTRAS)),
-        "by_layer": _flat(document["layers"], experts, _present(document)),
-        "by_kind": _flat(document["kinds"], experts, _present(document)),
-        "by_expert": {
-            key: [_rounded(one["figures"][key]) for one in document["experts"]]
-            for key in _present(document)
-        },
-        "retention": [
-            one["retention"] and one["retention"]["percent"] for one in document["experts"]
-        ],
-        "phases": document["phases"],
-        "phase_memory": {n: human_size(size) for n, size in document["phase_memory"].items()},
-    }
-    # Tokens are known of experts without a figure, too.
-    data["cells"]["tokens"] = [one["tokens"].get(name) for one in modules for name in experts]
-    return data
-
-
-def _column(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
-    return [row[key] for row in rows]
-
-
-def _flat(
-    rows: Sequence[dict[str, Any]], experts: Sequence[str], keys: Iterable[str]
-) -> dict[str, list[Any]]:
-    """Figure → one value per row and expert, None where it is not known."""
+    targets = list(dict.fromkeys(_TARGETS.get(one["target"], one["target"]) for one in modules))
+    reasons = list(dict.fromkeys(one["reason"] for one in modules if one["reason"]))
+    columns = [
+        {"key": "module", "title": "Module", "names": [one["module"] for one in modules]},
+        {"key": "expert", "title": "Expert", "names": list(experts)},
+        *({"key": key, "title": title, "kind": kind} for key, (title, kind) in _NUMBERS.items()),
+        {"key": "layer", "title": "Layer", "names": list(layers)},
+        {"key": "target", "title": "Target", "names": targets},
+        {"key": "reason", "title": "Reason", "names": reasons},
+    ]
+    rows = []
+    for place, module in enumerate(modules):
+        names = [name for name in experts if name in module["tokens"] or name in module["experts"]]
+        for name in names or [None]:
+            one = module["experts"].get(name, {})
+            known = module | {"tokens": module["tokens"].get(name)} | one
+            rows.append(
+                [
+                    place,
+                    experts.get(name),
+                    *(_rounded(known.get(key)) for key in _NUMBERS),
+                    layers[module["layer"]],
+                    targets.index(_TARGETS.get(module["target"], module["target"])),
+                    reasons.index(module["reason"]) if module["reason"] else None,
+                ]
+            )
+    used = [n for n in range(len(columns)) if any(row[n] is not None for row in rows)]
     return {
-        key: [_rounded(row["experts"].get(name, {}).get(key)) for row in rows for name in experts]
-        for key in keys
+        "columns": [columns[n] for n in used],
+        "rows": [[row[n] for n in used] for row in rows],
     }
+
+
+# Column → its heading, and how its values are shown.
+_NUMBERS = {
+    "merged": ("Before", "percent"),
+    "rounded": ("After", "percent"),
+    "change": ("Change, points", "points"),
+    "gptq": ("Plain GPTQ", "percent"),
+    "over_gptq": ("After − GPTQ, points", "points"),
+    "quantization": ("Rounding part", "percent"),
+    "cross": ("Cross term, points", "points"),
+    "solved": ("Target, unrounded", "percent"),
+    "aim_merged": ("Aim: before", "percent"),
+    "aim_rounded": ("Aim: after", "percent"),
+    "share": ("Share of expert", "percent"),
+    "weight": ("Weight", "number"),
+    "tokens": ("Tokens", "number"),
+    "alpha": ("α", "number"),
+    "bits": ("Bits", "number"),
+    "held_out_gain": ("Held-out gain", "number"),
+}
 
 
 def _rounded(value: Any) -> Any:
@@ -174,48 +189,11 @@ def _rounded(value: Any) -> Any:
 def _present(document: dict[str, Any]) -> list[str]:
     """The figures that are known of at least one expert."""
     return [
-        key
-        for key in document["figures"]
-        if any(one["figures"][key] is not None for one in document["experts"])
+        key for key in NAMES if any(one["figures"][key] is not None for one in document["experts"])
     ]
 
 
 # ---- texts ---------------------------------------------------------------------------------------
-
-
-def percent(share: float | None) -> str:
-    """A share as per cent with three significant digits."""
-    return "–" if share is None else f"{_digits(100 * share)}\u00a0%"
-
-
-def points(change: float | None) -> str:
-    """A difference of shares, in percentage points with its sign."""
-    if change is None:
-        return "–"
-    return f"{'+' if change > 0 else '−' if change < 0 else ''}{_digits(abs(100 * change))}"
-
-
-def number(value: float | None) -> str:
-    """Three significant digits; whole numbers in full."""
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else _digits(value)
-
-
-def _digits(value: float) -> str:
-    if abs(value) >= 999.5:
-        return f"{value:,.0f}"
-    if 0 < abs(value) < 0.0005:
-        return "< 0.001"
-    return f"{value:#.3g}".removesuffix(".") if value else "0"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _facts(document: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .page import percent
 from .retention import STAGES, Retention
+from .texts import percent
 
 # Figure → what its column is called; those that are known of nobody have none.
 _COLUMNS = {
