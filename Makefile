@@ -62,10 +62,10 @@ test-serving: venv
 test-faults: venv
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/faults $(PARALLEL) --dist worksteal $(ARGS)
 
-# Kernels, resuming, pieces and lack of memory on a GPU; alone there, for some fill its memory.
+# Kernels, resuming and lack of memory on a GPU; alone there, for some fill its memory.
 test-gpu: venv
 	$(TEST_ENV) EPMQ_TEST_DEVICE=cuda $(BIN)/python -m pytest -q tests/faults/test_gpu_faults.py \
-		tests/test_kernels.py tests/host/test_resume.py tests/experts/test_row_pieces.py $(ARGS)
+		tests/test_kernels.py tests/host/test_resume.py $(ARGS)
 
 # Other mutations in every run. Keep what is found in tests/fuzz/corpus/found.
 FUZZ_EXAMPLES ?= 400

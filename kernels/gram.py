@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from ..method.chunks import add_on_cpu, in_halves
+from ..method.chunks import in_halves
 from .exact import TOLERANCE, first_exact, has_triton, random
 
 # Rows of one product. Fewer would spend the time on reading and writing the sums (4 d² bytes each
@@ -48,28 +48,19 @@ def gram_update(H: torch.Tensor, X: torch.Tensor) -> None:
     """
     way = _on_gpu(X.dtype, H.device) if H.is_cuda else triangle_update
     for rows in X.split(ROWS):
-        in_halves(
-            lambda part: way(H, part), rows, otherwise=lambda part: _in_blocks(H, part, add_on_cpu)
-        )
+        in_halves(lambda part: way(H, part), rows)
 
 
 def triangle_update(H: torch.Tensor, X: torch.Tensor) -> None:
-    """:func:`gram_update` as products of column blocks, of which those below the diagonal are left
-    out. Once it has widened its rows it has room for each block, if only by halves."""
-    _in_blocks(H, X.to(torch.float32), _add)
-
-
-def _in_blocks(H: torch.Tensor, X: torch.Tensor, add) -> None:
+    """:func:`gram_update` as products of column blocks, without those below the diagonal. Where one
+    finds no room, that block alone takes fewer rows: others are added by then."""
+    X = X.to(torch.float32)
     for start, stop in _blocks(H.shape[0]):
-        add(H[start:stop, start:], X[:, start:stop], X[:, start:])
+        _add(H[start:stop, start:], X[:, start:stop], X[:, start:])
 
 
 def _add(C: torch.Tensor, L: torch.Tensor, R: torch.Tensor) -> None:
-    in_halves(
-        lambda left, right: C.addmm_(left.t(), right),
-        *(L, R),
-        otherwise=lambda left, right: add_on_cpu(C, left, right),
-    )
+    in_halves(lambda left, right: C.addmm_(left.t(), right), L, R)
 
 
 def mirror_(H: torch.Tensor) -> torch.Tensor:

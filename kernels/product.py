@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from ..method.chunks import add_on_cpu, in_halves
+from ..method.chunks import in_halves
 from .exact import TOLERANCE, first_exact, random
 from .gram import ROWS
 
@@ -50,11 +50,7 @@ def in_parts(way, D: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: floa
     """
     rows = ROWS if way is split_product_update else A.shape[1]
     for left, right in zip(A.t().split(rows), B.split(rows), strict=True):
-        in_halves(
-            lambda L, R: way(D, L.t(), R, alpha),
-            *(left, right),
-            otherwise=lambda L, R: add_on_cpu(D, L, R, alpha),
-        )
+        in_halves(lambda L, R: way(D, L.t(), R, alpha), left, right)
 
 
 def cross_update(C: torch.Tensor, Y: torch.Tensor, X: torch.Tensor) -> None:
@@ -87,11 +83,7 @@ def split_product_update(
         left, right = _parts(some_of_A), _parts(some_of_B)
         pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < _PARTS]
         for i, j in sorted(pairs, key=sum, reverse=True):
-            in_halves(
-                lambda L, R: multiply(D, L.t(), R, alpha),
-                *(left[i].t(), right[j]),
-                otherwise=lambda L, R: add_on_cpu(D, L, R, alpha),
-            )
+            in_halves(lambda L, R: multiply(D, L.t(), R, alpha), left[i].t(), right[j])
 
 
 def _parts(A: torch.Tensor) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gptqmodel.looper.named_module import NamedModule
 
-from ..errors import EPMQError
+from ..errors import EPMQDeviceError, EPMQError
 from ..io.output import ran_full
 from ..method.chunks import device_error, is_device_trouble
 from .task import EPMQ
@@ -17,6 +17,8 @@ def within(error: Exception, task: EPMQ | NamedModule, doing: str) -> Exception:
         told = device_error(error, what, task.module.weight.device)
         told.__cause__ = error
         return told
+    if isinstance(error, EPMQDeviceError) and f"`{task.full_name}`" not in error.cause:
+        return error.within(what)
     if ran_full(error):
         return disk_error(error, what)
     if not isinstance(error, EPMQError) and hasattr(error, "add_note"):

@@ -30,7 +30,6 @@ from ..config import EPMQConfig
 from ..errors import EPMQError, EPMQInputError, EPMQWarning
 from ..experts.experts import Experts
 from ..experts.linears import Linear
-from ..experts.passes.row_pieces import in_row_pieces
 from ..io.checkpoints import Checkpoint, hashing_meanwhile
 from ..io.interrupts import ctrl_c_outside_of_locks
 from ..io.output import check_space, ran_full
@@ -40,7 +39,7 @@ from ..method.chunks import given_up
 from ..method.weighting import Weighting
 from ..report import QuantizationReport
 from .failures import disk_error
-from .model_linears import check_architecture, check_head, layers_of, quantizable_linears
+from .model_linears import check_architecture, check_head, quantizable_linears
 from .preparing import planned, recording_of, settle_alpha, trajectories_of
 from .processor import EPMQProcessor
 from .provenance import provenance, requantized
@@ -415,8 +414,7 @@ def _loop(
             looper = ModuleLooper(model, processors=[processor], **options)
         processor.stop_loop = looper._request_loop_stop
         moving = _moving_with(processor, model.model)
-        pieces = in_row_pieces(layers_of(model).values())
-        with _fast_rounding(device), moving, pieces, told, stopping:
+        with _fast_rounding(device), moving, told, stopping:
             log = looper.loop(backend=backend, fallback=config.fallback)
         if processor.failure is not None:
             raise processor.failure

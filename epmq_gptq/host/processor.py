@@ -14,7 +14,6 @@ import math
 import os
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,11 +31,9 @@ from ..config import EPMQConfig
 from ..errors import EPMQHostError, EPMQInputError, EPMQNumericalError
 from ..experts.experts import Experts
 from ..experts.passes.residual import first_states
-from ..experts.passes.row_pieces import of_whole_batch
 from ..experts.passes.trajectories import ExpertTrajectories
 from ..io.output import ran_full
 from ..io.phases import Phases
-from ..method.chunks import ROOMS, made_on, with_room
 from ..method.deltas import WeightDelta
 from ..method.expert_error import LayerWatch, RowSample, sampled_rows
 from ..method.nonfinite import Origin, Peaks, first_bad
@@ -221,11 +218,7 @@ class EPMQProcessor(GPTQProcessor):
         for tap in taps:
 
             def keep(module, arguments, options, tap=tap):
-                states = first_states(arguments, options)
-                if states is None:
-                    setattr(self._streams, tap, None)
-                    return
-                of_whole_batch(("stream", tap), states, lambda r: setattr(self._streams, tap, r))
+                setattr(self._streams, tap, first_states(arguments, options))
 
             handle = running.get_submodule(tap).register_forward_pre_hook(keep, with_kwargs=True)
             self._taps.append(handle)
@@ -238,12 +231,9 @@ class EPMQProcessor(GPTQProcessor):
             return None
 
         def count(module, inputs, output):
-            of_whole_batch(("input", name), inputs[0], counted)
-
-        def counted(X):
             if group.error is None:
                 with self.phases.in_hook("gram"):
-                    self._guarded(group, lambda: self._count(group, X))
+                    self._guarded(group, lambda: self._count(group, inputs[0]))
 
         return skip if group is None else count
 
@@ -261,7 +251,7 @@ class EPMQProcessor(GPTQProcessor):
             # Read from disk while this expert's batches run, for the fold that comes after them.
             self.experts.prefetch(expert, [self.tasks[name].full_name for name in group.names])
         keep = self._calibration_tokens(group.names[0])
-        rows, Z, gaps = with_room(lambda X: self._rows_of(group, index, X, keep), X)
+        rows, Z, gaps = self._rows_of(group, index, X, keep)
         kept = sampled_rows(
             len(rows),
             self.qcfg.regret_rows,
@@ -270,15 +260,11 @@ class EPMQProcessor(GPTQProcessor):
             batches=self._batches[expert],
         )
         apart = expert if self.weighting.keeps_apart or self.recording else ""
-        # Rows that were left on the CPU for lack of room count with those of their layer's device.
-        place = X if X.is_cuda else self.tasks[group.names[0]].module.weight
-        key = place.device, self.plan.held_out[index], apart
-        # The widened rows, and at times new sums.
-        size = 4 * (2 * rows.numel() + 2 * rows.shape[1] ** 2)
-        with ROOMS.of(X.device, size), group.lock:
+        key = X.device, self.plan.held_out[index], apart
+        with group.lock:
             statistics = group.statistics.get(key)
             if statistics is None:
-                statistics = group.statistics[key] = self._statistics(group, place.device)
+                statistics = group.statistics[key] = self._statistics(group, X.device)
             statistics.add(expert, rows, Z, gaps, kept)
 
     def _rows_of(
@@ -337,7 +323,7 @@ class EPMQProcessor(GPTQProcessor):
         tasks = {self.tasks[name].full_name: self.tasks[name] for name in group.names}
 
         def delta(member: str, expert: str) -> WeightDelta | None:
-            task, device = tasks[member], made().device
+            task = tasks[member]
             difference = self.experts.delta(expert, member, task.merged_weight(device))
             self.experts.release(expert)
             # One reduction and one wait for two questions; who is to blame is asked only after.
@@ -348,7 +334,7 @@ class EPMQProcessor(GPTQProcessor):
             return difference if size else None
 
         def bias(member: str, expert: str) -> torch.Tensor | None:
-            task, device = tasks[member], made().device
+            task = tasks[member]
             if not task.refits_bias:
                 return None
             b_m = task.module.bias.detach().to(device, torch.float32)
@@ -361,7 +347,7 @@ class EPMQProcessor(GPTQProcessor):
         if self.qcfg.regret_rows:
             sample = RowSample(members, eta=self.form.eta, rho=self.form.rho)
         peaks = group.peaks
-        statistics = GroupStatistics(
+        return GroupStatistics(
             columns,
             members,
             delta,
@@ -377,10 +363,6 @@ class EPMQProcessor(GPTQProcessor):
             ),
             own_origin=lambda expert: self._own_origin(expert, next(iter(tasks))),
         )
-        # These functions must not hold the sums: in a circle, gigabytes would wait for Python's
-        # collector.
-        made = weakref.ref(statistics)
-        return statistics
 
     def _told(self, expert: str, origin: Origin | None) -> tuple[Origin, str] | None:
         if origin is None:
@@ -500,8 +482,8 @@ class EPMQProcessor(GPTQProcessor):
             return fitted, held_out
         layers = []
         for task in tasks:
-            W_m = made_on(device, task.merged_weight)
-            with_room(functools.partial(check_merged, task), W_m)
+            W_m = task.merged_weight(device)
+            check_merged(task, W_m)
             layers.append(Watched(task.full_name, W_m, *self._shares(group, task)))
         empty = {name: one for name, one in fitted.items() if not one.total_tokens}
         kept = self.recording.keep(layers, columns, [fitted, held_out])

@@ -5,7 +5,6 @@ Runs on the main thread, after a subset's forward passes and before any of its l
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -18,7 +17,6 @@ from ..errors import EPMQNumericalError
 from ..experts.experts import Experts, check_finite
 from ..io.phases import Phases
 from ..method.choice import GRID, choose_alpha, min_max_weights
-from ..method.chunks import devices_of, made_on, on_cpu, with_room
 from ..method.deltas import data_free_gram
 from ..method.expert_error import Watch
 from ..method.statistics import GroupStatistics, Moments, combined
@@ -120,9 +118,9 @@ class TargetSolver:
         device = next(iter(fitted.values())).device
         merged = {}
         for task in tasks:
-            merged[task] = made_on(device, task.merged_weight)
+            merged[task] = task.merged_weight(device)
             # Nothing sensible can be made of a broken merge, whatever the policy.
-            with_room(functools.partial(check_merged, task), merged[task])
+            check_merged(task, merged[task])
             task.expect(tokens)
         if error is not None:
             if not isinstance(error, EPMQNumericalError):
@@ -138,10 +136,10 @@ class TargetSolver:
                 _keep_merged(task, "no calibration token was routed here")
                 task.aim(merged[task], H, tokens=1)
             return
-        taken = [{name: _taken(one, tasks, merged) for name, one in part.items()} for part in parts]
-        if len(devices_of((taken, merged))) > 1:
-            # Some were left on the CPU, for lack of room.
-            taken, merged = on_cpu((taken, merged))
+        taken = [
+            {name: _taken(one, tasks, merged, device) for name, one in part.items()}
+            for part in parts
+        ]
         weights = self._weights(tasks, taken[0])
         moments = [_summed(part, weights) for part in taken]
         if not any(bool(part[tasks[0]].H.diagonal().any()) for part in moments):
@@ -150,7 +148,7 @@ class TargetSolver:
                 self._on_bad(task, task.no_input(total))
             return
         with self._phases.measure("alpha"):
-            alphas = with_room(lambda parts: self._alphas(tasks, parts), moments)
+            alphas = self._alphas(tasks, moments)
         whole = moments[0]
         if len(moments) > 1:
             H = whole[tasks[0]].H.add_(moments[1][tasks[0]].H)  # what was held out counts, too
@@ -165,10 +163,8 @@ class TargetSolver:
         if len(parts) < 2 or not self._weighting.keeps_apart:
             return dict.fromkeys(parts, 1.0)
         alpha = tasks[0].alpha if isinstance(tasks[0].alpha, float) else _ALPHA_OF_WEIGHTS
-        found = with_room(
-            lambda parts: min_max_weights(parts, alpha, anchor=self._anchor),
-            {name: [part[task] for task in tasks] for name, part in parts.items()},
-        )
+        layers = {name: [part[task] for task in tasks] for name, part in parts.items()}
+        found = min_max_weights(layers, alpha, anchor=self._anchor)
         for task in tasks:
             task.report.weights = found
         return found
@@ -227,17 +223,16 @@ class TargetSolver:
         while cohorts:
             (alpha, _), cohort = cohorts.popitem()
             if cohorts:
-                H = with_room(torch.clone, moments[cohort[0]].H)
+                H = moments[cohort[0]].H.clone()
                 moments |= {task: moments[task]._replace(H=H) for task in cohort}
             self._aim_cohort(cohort, moments, alpha, group)
 
     def _with_data_free(self, task: EPMQ, W_m: torch.Tensor, known: Moments) -> Moments:
         """The moments of one layer with the experts that have no calibration rows."""
         energy = float(known.H.diagonal().sum(dtype=torch.float64))
-        sums = with_room(torch.clone, known.H), known.D
+        sums = known.H.clone(), known.D
         for expert, share in self._weighting.data_free.items():
-            add = functools.partial(self._add_data_free, task, expert, share * energy)
-            sums = with_room(add, W_m, *sums)
+            sums = self._add_data_free(task, expert, share * energy, W_m, *sums)
         H, D = sums
         return known._replace(H=H, D=D)
 
@@ -281,28 +276,22 @@ class TargetSolver:
         """Give the layers of one input and one alpha their targets; their ``H`` becomes ``H_E``."""
         H = moments[tasks[0]].H
         if alpha == 0.0:
-            with_room(lambda H: _check_rank(tasks[0], H, group.tokens), H)
+            _check_rank(tasks[0], H, group.tokens)
         whole = moments
         # Where the merge is the target, its bias stays as well.
         if tasks[0].refits_bias and alpha is not None:
-            around = with_room(centred, [moments[task] for task in tasks])
+            around = centred([moments[task] for task in tasks])
             moments, H = dict(zip(tasks, around, strict=True)), around[0].H
-        factor = with_room(
-            lambda H, diagonal: self._factor(tasks[0], H, diagonal, alpha),
-            *(H, H.diagonal().clone()),
-        )
+        factor = self._factor(tasks[0], H, H.diagonal().clone(), alpha)
         if factor is None:
             for task in tasks:
                 self._on_bad(task, task.not_positive_definite())
             return
         for task in tasks:
-            aim = functools.partial(self._aim_one, task, group)
-            with_room(
-                aim,
-                *(factor, group.merged[task], moments[task], whole[task]),
-                group.held_out.get(task),
+            W_m = group.merged.pop(task)
+            self._aim_one(
+                task, group, factor, W_m, moments[task], whole[task], group.held_out.get(task)
             )
-            del group.merged[task]
         alpha = factor.alpha
         if len(tasks) > 1:
             cache = SharedHessianFactorCache(group.generation, f"{tasks[0].name}@{alpha!r}")
@@ -336,13 +325,13 @@ class TargetSolver:
     ) -> None:
         """Give one layer its target; nothing but the layer is written to."""
         H, L, lam, alpha = factor
-        W_m, D = W_m.to(L.device), moments.D
+        D = moments.D
         task.report.lam, task.report.alpha = lam, alpha
         why = self._why_merged(task, alpha, group)
         if why or alpha is None:
             _keep_merged(task, why)
             D = None
-        target = expert_target(W_m, None if D is None else D.to(L.device), L)
+        target = expert_target(W_m, D, L)
         try:
             check_finite(target.W, f"`{task.full_name}`: target W*", module=task.full_name)
         except EPMQNumericalError as error:
@@ -402,10 +391,18 @@ def _keep_merged(task: EPMQ, reason: str) -> None:
 
 
 def _taken(
-    statistics: Statistics, tasks: list[EPMQ], merged: Mapping[EPMQ, torch.Tensor]
+    statistics: Statistics,
+    tasks: list[EPMQ],
+    merged: Mapping[EPMQ, torch.Tensor],
+    device: torch.device,
 ) -> dict[EPMQ, Moments]:
-    H = statistics.gram()
-    return {task: statistics.take(task.full_name, H, merged[task]) for task in tasks}
+    """The moments of every layer on one device; they were counted where the forward passes ran."""
+    H, here = statistics.gram(), {}
+    for task in tasks:
+        one = statistics.take(task.full_name, H, merged[task].to(statistics.device))
+        here[task] = one._replace(H=H.to(device)).to(device)
+        H = here[task].H if statistics.device == device else H
+    return here
 
 
 def _summed(
@@ -417,16 +414,9 @@ def _summed(
     # A routed module may be reached by an expert's held-out rows alone.
     factors = [weights.get(name, 1.0) for name in parts]
     first = next(iter(parts.values()))
-    H = with_room(
-        lambda grams: sum(factor * one for factor, one in zip(factors, grams, strict=True)),
-        [next(iter(part.values())).H for part in parts.values()],
-    )
-    return {
-        task: with_room(
-            lambda parts, H: combined(parts, factors, H), [p[task] for p in parts.values()], H
-        )
-        for task in first
-    }
+    grams = [next(iter(part.values())).H for part in parts.values()]
+    H = sum(factor * one for factor, one in zip(factors, grams, strict=True))
+    return {task: combined([p[task] for p in parts.values()], factors, H) for task in first}
 
 
 def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:

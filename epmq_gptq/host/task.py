@@ -19,7 +19,6 @@ from gptqmodel.quantization.quantizer import Quantizer
 from ..errors import EPMQNumericalError
 from ..experts.experts import check_finite
 from ..kernels.factor import inverse_factor
-from ..method.chunks import ROOMS, forget_cached, is_out_of_memory, or_else, with_room
 from ..method.expert_error import Watch
 from ..method.statistics import Moments
 from ..method.target import gain
@@ -77,9 +76,7 @@ class EPMQ(GPTQ):
         self._bias: BiasAim | None = None
         self._guard: Guard | None = None
         self._watch: Watch | None = None
-        # What waits on the CPU: W* and H where its device had no room to solve for them.
-        self._waiting: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._tight = False  # the device may have no room for the rounding
+        self._device = torch.device(self.module.weight.device)  # of the sums over its inputs
 
     def merged_weight(self, device: torch.device) -> torch.Tensor:
         """``W_m: (out, in)`` fp32 on ``device``, a copy."""
@@ -105,10 +102,7 @@ class EPMQ(GPTQ):
         """Set what is rounded: ``W_target: (out, d)`` with curvature ``H_E: (d, d)`` (copied)."""
         # The host normalises its Hessian by 2/n and reports a loss per token.
         self.H, self.module_copy = H_E * (2.0 / tokens), W_target
-        if self.H.device.type == "cpu" != self.module.weight.device.type:
-            # Left there for lack of room; the host wants its Hessian where the weight is.
-            self._waiting = self.module_copy, self.H
-            self.H = self.module_copy = None
+        self._device = W_target.device
         self.nsamples = tokens
         self._hessian_dirty = False
 
@@ -130,14 +124,14 @@ class EPMQ(GPTQ):
         """b − b_m for the rounded weight, or None where the bias stays."""
         if self._bias is None:
             return None
-        shift = with_room(
-            lambda Q, aim: (aim.outputs - self._matrix(Q) @ aim.inputs) / aim.count, Q, self._bias
-        )
-        return shift.to(Q.device)
+        aim = self._bias
+        return (aim.outputs - self._matrix(Q) @ aim.inputs) / aim.count
 
     def _matrix(self, Q: torch.Tensor) -> torch.Tensor:
-        """A weight as the host returns it, as ``(out, d)`` fp32."""
-        return (Q.T if isinstance(self.module, transformers.Conv1D) else Q).float()
+        """A weight as the host returns it, as ``(out, d)`` fp32 where the sums of its inputs are;
+        the host may have moved the layer to another device since."""
+        Q = Q.T if isinstance(self.module, transformers.Conv1D) else Q
+        return Q.to(self._device, torch.float32)
 
     def _refit_bias(self, shift: torch.Tensor | None) -> None:
         if shift is None:
@@ -149,11 +143,6 @@ class EPMQ(GPTQ):
         check_finite(moved.to(torch.float16), f"`{self.full_name}`: bias", module=self.full_name)
         bias.data = moved.to(bias)
         self.report.bias_shift = float(shift.norm())
-
-    def finalize_hessian(self, target_device: torch.device | None = None) -> torch.Tensor:
-        """H, where it lies: the host would take it to the layer's device, which has no room for it
-        where it was left on the CPU."""
-        return super().finalize_hessian(target_device) if self.H is None else self.H
 
     def hessian_inverse(self, H: torch.Tensor):
         """The factor that the host rounds with, and the damping that was added to H: none.
@@ -199,12 +188,8 @@ class EPMQ(GPTQ):
         ``on_bad_module="rtn"`` in ``report``.
         """
         start = time.perf_counter()
-        # W* and its copy, Q, losses and what is left of W; H, its copy, permutation and factor.
-        size = 4 * (6 * self.rows * self.columns + 4 * self.columns**2)
-        with ROOMS.of(self.module.weight.device, size) as fits:
-            self._tight = not fits
-            result = self._quantized(blocksize)
-            self.report.rounded = self._matrix(result[0])[[0, -1]].half().cpu()
+        result = self._quantized(blocksize)
+        self.report.rounded = self._matrix(result[0])[[0, -1]].half().cpu()
         self.report.seconds += time.perf_counter() - start
         return result
 
@@ -232,20 +217,14 @@ class EPMQ(GPTQ):
 
     def _finish_watch(self, Q: torch.Tensor, shift: torch.Tensor | None) -> None:
         watch, self._watch = self._watch, None
-        if watch is None:
-            return
-
-        def finish(Q: torch.Tensor, shift: torch.Tensor | None) -> None:
-            watch.move_(Q.device)
+        if watch is not None:
             watch.finish(self._matrix(Q), shift, self.report.experts)
-
-        with_room(finish, Q, shift)
 
     def _rounded(self, blocksize: int):
         """Round what is aimed at, and say in the report how well it went."""
         tokens = self.nsamples
         try:
-            result = self._rounded_by_host(blocksize)
+            result = super().quantize(blocksize=blocksize)
         except ValueError as error:
             # With no fallback the host raises at a loss that is not a number.
             raise EPMQNumericalError(
@@ -264,39 +243,6 @@ class EPMQ(GPTQ):
         self.report.excess = float(loss) * tokens * tokens
         return result
 
-    def _rounded_by_host(self, blocksize: int):
-        """The host's own rounding; on the CPU where its device has no room for it."""
-        if self._waiting is not None:
-            (self.module_copy, self.H), self._waiting = self._waiting, None
-            self._disable_shared_hessian_cache()
-        spare = self._spare()
-        try:
-            return super().quantize(blocksize=blocksize)
-        except Exception as error:
-            if spare is None or not is_out_of_memory(error):
-                raise
-        self.module_copy, self.H = (tensor.cpu() for tensor in spare)
-        del spare
-        forget_cached()
-        self._disable_shared_hessian_cache()
-        return super().quantize(blocksize=blocksize)
-
-    def _spare(self) -> list[torch.Tensor] | None:
-        """Copies of W* and H, to both of which the host writes; None where no device comes after.
-
-        They stay on the device where they are known to fit beside the rounding.
-        """
-        aim = self.module_copy, self.H
-
-        def on_cpu() -> list[torch.Tensor]:
-            return [tensor.to("cpu", copy=True) for tensor in aim]
-
-        if self._tight:
-            return on_cpu()
-        if self.H.device.type == "cpu":
-            return None
-        return or_else(lambda: [tensor.clone() for tensor in aim], on_cpu)
-
     def _guarded(self, result: tuple, blocksize: int) -> tuple:
         """``result``, or the rounded merge where that is better on the held-out rows."""
         if self._guard is None:
@@ -308,7 +254,7 @@ class EPMQ(GPTQ):
             return result
         numbers = self.report.loss, self.report.excess
         # Of a copy, for the host works on what it is given.
-        with_room(lambda W, H: self.aim(W.clone(), H, self.nsamples), guard.W_m, guard.H_E)
+        self.aim(guard.W_m.clone(), guard.H_E, self.nsamples)
         plain = self._rounded(blocksize)
         theirs = self._gain(plain[0], None, guard)
         if theirs <= ours:
@@ -321,10 +267,7 @@ class EPMQ(GPTQ):
 
     def _gain(self, Q: torch.Tensor, shift: torch.Tensor | None, guard: Guard) -> float:
         """Of a rounded weight over the merge, on the held-out rows."""
-        return with_room(
-            lambda Q, shift, W_m, held_out: gain(self._matrix(Q) - W_m, shift, held_out),
-            *(Q, shift, guard.W_m, guard.held_out),
-        )
+        return gain(self._matrix(Q) - guard.W_m, shift, guard.held_out)
 
     def _round_to_nearest(self, blocksize: int):
         self.H = None

@@ -24,11 +24,6 @@ class WeightDelta(NamedTuple):
     dense: torch.Tensor | None
     low_rank: tuple[torch.Tensor, torch.Tensor] | None
 
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return (self.low_rank[0] if self.dense is None else self.dense).device
-
     def size(self) -> float:
         """Σ|dense| + Σ|B| Σ|A|: zero where nothing differs, not finite where something is not."""
         # The norm, for `abs()` would be one more matrix of this size.
@@ -40,12 +35,11 @@ class WeightDelta(NamedTuple):
 
     def add_product_(self, D: torch.Tensor, H: torch.Tensor) -> None:
         """``D += (dense + B A) H`` with ``D: (out, d)``, ``H: (d, d)``, as ``B (A H)``."""
-        # Before anything is added: whoever has no room for it may try again.
-        through = None if self.low_rank is None else self.low_rank[1] @ H
         if self.dense is not None:
             product_update(D, self.dense, H)
-        if through is not None:
-            in_parts(torch_product_update, D, self.low_rank[0], through)
+        if self.low_rank is not None:
+            B, A = self.low_rank
+            in_parts(torch_product_update, D, B, A @ H)
 
     def thinned(self, step: int) -> WeightDelta:
         """The difference of every ``step``-th output."""

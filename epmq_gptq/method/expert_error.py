@@ -20,7 +20,6 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..report import AimError, ExpertError
-from .chunks import moved
 from .deltas import WeightDelta
 from .staging import Rows
 
@@ -60,6 +59,10 @@ class _Lack(NamedTuple):
     own: torch.Tensor
     aim: torch.Tensor | None
 
+    def to(self, device: torch.device) -> _Lack:
+        """The same there."""
+        return _Lack(*(None if tensor is None else tensor.to(device) for tensor in self))
+
 
 class RowSample:
     """Rows of the experts that are kept whole, for the linear layers of one input.
@@ -84,7 +87,6 @@ class RowSample:
         self._steps = {member: -(-count // outputs) for member, count in members.items()}
         self._new: list[Rows] = []
         self._lacks: dict[str, dict[str, list[_Lack]]] = {member: {} for member in members}
-        self._folded: set[str] = set()  # members, since the last `done`
 
     def add(self, rows: Rows) -> None:
         """Keep these rows of the current expert; they are a copy already."""
@@ -95,18 +97,12 @@ class RowSample:
     ) -> None:
         """Work out what one layer lacks on the rows added since the last :meth:`done`.
 
-        Nothing comes of a second call: the fold that it is part of may be tried again.
-
         Args:
             delta: W_i − W_m, or None where it is zero.
             bias: b_i − b_m, or None where it is zero or of no interest.
         """
-        if not self._new or member in self._folded:
-            return
         step, found = self._steps[member], []
         for rows in _joined(self._new):
-            if delta is not None:
-                rows = rows.to(delta.device)
             X = rows.X.to(torch.float32)
             own = self._outputs(member, delta, X)
             aim = None
@@ -123,7 +119,6 @@ class RowSample:
                     aim = aim + bias[::step].to(aim.device)
             found.append(_Lack(rows.X, rows.ahead, own, aim))
         self._lacks[member].setdefault(expert, []).extend(found)
-        self._folded.add(member)
 
     def _outputs(self, member: str, delta: WeightDelta | None, X: torch.Tensor) -> torch.Tensor:
         step = self._steps[member]
@@ -132,7 +127,7 @@ class RowSample:
 
     def done(self) -> None:
         """All layers were folded: the next rows are another expert's."""
-        self._new, self._folded = [], set()
+        self._new = []
 
     def merge_(self, other: RowSample) -> None:
         """Take what another sample of the same layers holds."""
@@ -146,17 +141,16 @@ class RowSample:
         step = self._steps[member]
         some = W_m[::step]
         return {
-            expert: [_Sampled.of(moved(lack, W_m.device), some, self.eta) for lack in found]
+            expert: [_Sampled.of(lack.to(W_m.device), some, self.eta) for lack in found]
             for expert, found in self._lacks[member].items()
         }
 
 
 def _joined(rows: Sequence[Rows]) -> Iterable[Rows]:
-    """The same rows in as few pieces as their kinds and places allow."""
+    """The same rows in as few pieces as their kinds allow."""
     kinds: dict[tuple, list[Rows]] = {}
     for one in rows:
-        # The sums may have moved to the CPU between two batches.
-        kinds.setdefault((one.kinds, one.X.device), []).append(one)
+        kinds.setdefault(one.kinds, []).append(one)
     for same in kinds.values():
         tensors = zip(*(one.tensors() for one in same), strict=True)
         yield same[0].of([torch.cat(list(pieces)) for pieces in tensors])
@@ -196,13 +190,10 @@ class Watch(Protocol):
             W_target: ``(out, d)`` fp32, what will be rounded.
         """
 
-    def move_(self, device: torch.device) -> None:
-        """Go there: the weight may be solved for on the CPU and be rounded elsewhere."""
-
     def finish(
         self, Q: torch.Tensor, shift: torch.Tensor | None, errors: Mapping[str, ExpertError]
     ) -> None:
-        """Fill in the figures after rounding; may be called again where it finds no memory.
+        """Fill in the figures after rounding.
 
         Args:
             Q: ``(out, d)`` fp32, the rounded weight.
@@ -253,10 +244,6 @@ class LayerWatch:
                 aim=aim,
             )
         return found
-
-    def move_(self, device: torch.device) -> None:
-        """See :class:`Watch`."""
-        self._rows = moved(self._rows, device)
 
     def finish(
         self, Q: torch.Tensor, shift: torch.Tensor | None, errors: Mapping[str, ExpertError]

@@ -39,10 +39,6 @@ class Rows(NamedTuple):
         ahead = None if self.ahead is None else others.pop(0)
         return Rows(X, ahead, dict(zip(self.gaps, others, strict=True)))
 
-    def to(self, device: torch.device) -> Rows:
-        """The same there."""
-        return self.of([tensor.to(device) for tensor in self.tensors()])
-
     def moved(self, eta: float) -> torch.Tensor:
         """``(n, d)`` fp32 x + η (z − x)."""
         X = self.X.to(torch.float32)
@@ -71,11 +67,6 @@ class Stage:
         for room, tensor in zip(self._room, rows.tensors(), strict=True):
             room[self.count : stop].copy_(tensor)
         self.count = stop
-
-    def move_(self, device: torch.device) -> None:
-        """Go there."""
-        self._room = [room.to(device) for room in self._room]
-        self._like = self._like.to(device)
 
     def take(self) -> Rows:
         """What is there; the room is empty then, and may be written to once that was used."""

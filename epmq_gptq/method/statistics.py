@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -30,7 +30,6 @@ from ..errors import EPMQInputError, EPMQNumericalError
 from ..io.phases import Phases
 from ..kernels.gram import ROWS, gram_update, mirror_
 from ..kernels.product import cross_update, in_parts, product_update, torch_product_update
-from .chunks import forget_cached, or_else, with_room
 from .deltas import WeightDelta
 from .expert_error import RowSample
 from .nonfinite import Origin
@@ -80,6 +79,10 @@ class Moments(NamedTuple):
     outputs: torch.Tensor | None = None
     count: float = 0.0
 
+    def to(self, device: torch.device) -> Moments:
+        """The same there."""
+        return Moments(*(one.to(device) if torch.is_tensor(one) else one for one in self))
+
 
 def combined(parts: Sequence[Moments], weights: Sequence[float], H: torch.Tensor) -> Moments:
     """The moments of one layer over several sets of rows; D of the first set is used up.
@@ -95,7 +98,6 @@ def combined(parts: Sequence[Moments], weights: Sequence[float], H: torch.Tensor
             # Never in place: layers of one input hold one and the same sum of it.
             inputs = weight * part.inputs + (0 if inputs is None else inputs)
             outputs = weight * part.outputs + (0 if outputs is None else outputs)
-    # Last, and with no memory but for the first: where there is none, this may be called again.
     for part, weight in zip(parts, weights, strict=True):
         if part.D is not None and D is None:
             D = part.D if weight == 1 else part.D * weight
@@ -130,7 +132,6 @@ class _Sums:
             vectors: with ``s`` and ``t``.
         """
         X, ahead = rows.X, rows.ahead
-        # All that is needed, before anything is written: a step without room is tried again.
         if self.H is None:
             self.H = X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float32)
         if ahead is not None and self.C is None:
@@ -142,12 +143,6 @@ class _Sums:
             cross_update(self.C, ahead, X)
         self.s, self.t = _sum(self.s, s, X.device), _sum(self.t, t, X.device)
         self.count += len(X)
-
-    def move_(self, device: torch.device) -> None:
-        """Go there."""
-        for name in self._TENSORS:
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor.to(device))
 
     def scale_(self, factor: float) -> None:
         """Multiply everything."""
@@ -184,9 +179,6 @@ class GroupStatistics:
 
     A fold costs 2 · out · d² per member as ``(W_i − W_m) H_i``. An expert of less than d/2 rows is
     folded as ``((W_i − W_m) X) Xᵀ``, for 4 · out · d · n, and has no ``H_i`` of its own.
-
-    Where a GPU has no room for more, everything moves to the CPU and goes on there; ``device`` says
-    where it is.
 
     Args:
         columns: d, the width of the shared input.
@@ -270,13 +262,16 @@ class GroupStatistics:
         if expert != self._expert:
             self.fold()
             self._expert = expert
-        rows = self._with_room(self._rows_of, X, Z, gaps)
+        rows = self._rows_of(X, Z, gaps)
         self.tokens[expert] = self.tokens.get(expert, 0) + len(X)
         if self.sample is not None and kept is not None:
-            self._with_room(self._keep, rows, kept)
+            self._keep(rows, kept)
         if self._stage is not None and not self._stage.fits(rows):
             self._count_staged()
-        self._with_room(self._count if len(X) >= ROWS else self._put_on_stage, rows)
+        if len(X) >= ROWS:
+            self._count(rows)
+        else:
+            self._put_on_stage(rows)
 
     def _rows_of(
         self, X: torch.Tensor, Z: torch.Tensor | None, gaps: Mapping[str, torch.Tensor] | None
@@ -295,41 +290,15 @@ class GroupStatistics:
 
     def _put_on_stage(self, rows: Rows) -> None:
         if self._stage is None or self._stage.kinds != rows.kinds:
-            self._stage = Stage(rows.to(self.device))
+            self._stage = Stage(rows)
         self._stage.add(rows)
-
-    def _with_room(self, step: Callable[..., Any], *values: Any) -> Any:
-        """``step(*values)``; where there is no room for it, all of this on the CPU and once more.
-
-        A step writes nothing before it has what it needs, and looks where we are by then.
-        """
-
-        def on_cpu() -> Any:
-            self._to_cpu()
-            return step(*values)
-
-        return or_else(lambda: step(*values), on_cpu)
-
-    def _to_cpu(self) -> None:
-        self._move_(torch.device("cpu"))
-        forget_cached()
-
-    def _move_(self, device: torch.device) -> None:
-        self.device = device
-        self._moved = None
-        for one in (self._stage, self._current, self._total):
-            if one is not None:
-                one.move_(device)
-        for tensors in (self._gaps, self._gap_sums, self._deltas, self._outputs):
-            tensors.update({name: tensor.to(device) for name, tensor in tensors.items()})
 
     def _count_staged(self) -> None:
         if self._stage is not None and self._stage.count:
-            self._with_room(self._count, self._stage.take())
+            self._count(self._stage.take())
 
     def _count(self, rows: Rows) -> None:
         """Add rows to the sums of the current expert."""
-        rows = rows.to(self.device)
         for member in rows.gaps:
             if member not in self._gaps:
                 self._gaps[member] = self._zeros(self.members[member], self.columns)
@@ -377,10 +346,10 @@ class GroupStatistics:
             for tensor in (*self._gaps.values(), *self._gap_sums.values()):
                 tensor.mul_(factor)
         for member in self.members:
-            self._with_room(self._fold_member, member, expert)
+            self._fold_member(member, expert)
         self._moved = None
         for member in self._gaps:
-            self._with_room(self._fold_gap, member)
+            self._fold_gap(member)
         # The first expert's Gram becomes the sum: one buffer less until a second one comes.
         self._total.take_(current, self.device)
         self._current, self._gaps, self._gap_sums = None, {}, {}
@@ -421,13 +390,12 @@ class GroupStatistics:
         self._count_fold(expert)
         factor = self._factor(expert, diagonal)
         with self._phases.measure("gram"):
-            self._with_room(self._add_rows, rows, factor)
+            self._add_rows(rows, factor)
         for member in self.members:
-            self._with_room(self._fold_rows_of, member, expert, rows, factor)
+            self._fold_rows_of(member, expert, rows, factor)
         self._moved = None
 
     def _add_rows(self, rows: Rows, factor: float) -> None:
-        rows = rows.to(self.device)
         sums = self._total if factor == 1 else _Sums()
         sums.add(rows, vectors=self.form.biases)
         if sums is not self._total:
@@ -435,7 +403,6 @@ class GroupStatistics:
             self._total.take_(sums, self.device)
 
     def _fold_rows_of(self, member: str, expert: str, rows: Rows, factor: float) -> None:
-        rows = rows.to(self.device)
         X, gap, delta = rows.X.to(torch.float32), rows.gaps.get(member), self._read(member, expert)
         b = self._bias_of(member, expert)
         outputs = None
@@ -520,7 +487,6 @@ class GroupStatistics:
         other.fold()
         for expert in other._folded:
             self._count_fold(expert)
-        self._with_room(lambda: other._move_(self.device))
         self._total.take_(other._total, self.device)
         for mine, theirs in ((self._deltas, other._deltas), (self._outputs, other._outputs)):
             for member, tensor in theirs.items():
@@ -552,8 +518,8 @@ class GroupStatistics:
         self.fold()
         self._stage = None  # room that is not needed any more
         if self._total.H is None:
-            return self._with_room(self._zeros, self.columns, self.columns)
-        self._with_room(lambda: mirror_(self._total.H))
+            return self._zeros(self.columns, self.columns)
+        mirror_(self._total.H)
         total, self._total.H = self._total.H, None
         return total
 
@@ -565,12 +531,8 @@ class GroupStatistics:
         """
         self.fold()
         if self._total.C is not None:
-            self._with_room(self._add_own_inputs, member, W_m)
+            product_update(self._buffer(member), W_m, self._total.C, self.form.eta)
         return self._deltas.pop(member, None)
-
-    def _add_own_inputs(self, member: str, W_m: torch.Tensor) -> None:
-        W_m = W_m.to(self.device)
-        product_update(self._buffer(member), W_m, self._total.C, self.form.eta)
 
     def take(self, member: str, H: torch.Tensor, W_m: torch.Tensor) -> Moments:
         """All that is known of one member, ``H`` being :meth:`gram`."""
@@ -581,8 +543,7 @@ class GroupStatistics:
         if outputs is None:
             outputs = self._zeros(self.members[member])
         if t is not None:
-            of_merge = with_room(torch.mv, W_m, t).to(self.device)
-            outputs = outputs.add_(of_merge, alpha=self.form.eta)
+            outputs = outputs.add_(torch.mv(W_m, t), alpha=self.form.eta)
         inputs = self._zeros(self.columns) if self._total.s is None else self._total.s
         return Moments(H, D, inputs, outputs, self._total.count)
 

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .row_pieces import is_first_piece
-
 # Of the entries of a sum, how many must be equal but for rounding.
 _SHARE = 0.99
 
@@ -86,7 +84,7 @@ class _Seen:
     def input_of(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple, options: dict) -> None:
             states = first_states(arguments, options)
-            if states is not None and is_first_piece():
+            if states is not None:
                 self._length = self._length or states.shape[1]  # the layer itself comes first
                 self.given[name] = self._first_row(states)
 
@@ -94,15 +92,14 @@ class _Seen:
 
     def output_of(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-            if is_first_piece():
-                self.written[name] = self._first_row(output)
+            self.written[name] = self._first_row(output)
 
         return hook
 
     def _first_row(self, states: Tensor) -> Tensor:
         row = states.detach()
         row = row[:1] if row.dim() == 3 else row[None, : self._length]
-        return row.to("cpu", copy=True)  # a layer may leave no room on its device
+        return row.to("cpu", copy=True)
 
 
 def _is_sum(total: Tensor, stream: Tensor, y: Tensor) -> bool:

@@ -17,13 +17,12 @@ from ...calibration.batches import CalibrationPlan
 from ...errors import EPMQInputError, EPMQNumericalError
 from ...io.checkpoints import Checkpoint
 from ...io.phases import Phases
-from ...method.chunks import forget_cached, given_up, on_cpu, or_else, with_room
+from ...method.chunks import given_up
 from ...method.nonfinite import first_bad
 from ..experts import Experts
 from ..linears import Linear, is_routed
 from .layer_walk import LayerWalk
 from .residual import first_states, residual_taps
-from .row_pieces import of_whole_batch, whole_batches
 from .skeleton import LayerStack, Skeleton
 
 
@@ -195,13 +194,13 @@ class ExpertTrajectories:
         self, expert: str, stack: LayerStack, index: int, own: Collection[str], capture: bool
     ) -> None:
         with self._phases.measure("expert_reading"):
-            self._with_room(self._fill, expert, stack, index, own)
+            self._fill(expert, stack, index, own)
         self._read_ahead(expert, stack, index)
         goes_on = index + 1 < len(stack.layers) or stack.is_read
         batches = [b for b, owner in enumerate(self._plan.experts) if owner == expert]
         with self._walk.at(self._skeleton.stacks, stack, index) as run:
             for batch in batches:
-                output = self._with_room(self._run_batch, stack, index, batch, run, capture)
+                output = self._run_batch(stack, index, batch, run, capture)
                 if not _is_finite(output):
                     self._leave(expert, stack.name(index), batches, (batch, output))
                     break
@@ -219,21 +218,6 @@ class ExpertTrajectories:
             self._experts.prefetch(
                 names[place], [name for name in self._linears if name.startswith(prefix)]
             )
-
-    def _with_room(self, step: Callable[..., Any], *arguments: Any) -> Any:
-        """A step; where there is no room for it, once more beside less that is kept."""
-
-        def whole() -> Any:
-            with whole_batches():
-                return step(*arguments)
-
-        def beside_less() -> Any:
-            # What the merge will be compared with is most of what is held here; wanted later.
-            self._inputs, self._streams = on_cpu((self._inputs, self._streams))
-            forget_cached()
-            return step(*arguments)
-
-        return or_else(whole, beside_less)
 
     def _run_batch(
         self,
@@ -369,8 +353,7 @@ class ExpertTrajectories:
 
 
 def _is_finite(output: Any) -> bool:
-    total = with_room(lambda states: states.sum(dtype=torch.float32), _states(output))
-    return bool(torch.isfinite(total))
+    return bool(torch.isfinite(_states(output).sum(dtype=torch.float32)))
 
 
 def _states(output: Any) -> Tensor:
@@ -382,7 +365,6 @@ def _keep(kept: dict[str, Tensor], name: str, copy: bool = False) -> Callable[..
         states = first_states(arguments, options)
         if states is not None:
             # A stream may be added to in place; the input of a linear layer never is.
-            states = states.detach().clone() if copy else states.detach()
-            of_whole_batch((id(kept), name), states, lambda whole: kept.update({name: whole}))
+            kept[name] = states.detach().clone() if copy else states.detach()
 
     return hook

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...method.chunks import with_room
 from ...method.deltas import WeightDelta
 from ...method.statistics import GroupStatistics, Moments
 from ...method.weighting import Weighting
@@ -99,10 +98,7 @@ class Recording:
         for layer in layers:
             one = moments[layer.name] = statistics.take(layer.name, H, layer.W_m)
             if self._lacks:
-                lacks[layer.name] = with_room(
-                    lambda W_m, D, name=layer.name: _lack(self._delta(name, expert, W_m), D),
-                    *(layer.W_m, one.D),
-                )
+                lacks[layer.name] = _lack(self._delta(layer.name, expert, layer.W_m), one.D)
         return ExpertSums.of(tokens, moments, lacks)
 
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from ...method.chunks import made_on, with_room
 from ...method.half import PackedDelta, PackedGram, pack_delta, pack_gram, unpack_delta, unpack_gram
 from ...method.statistics import Moments
 
@@ -47,12 +46,10 @@ class ExpertSums(NamedTuple):
     ) -> ExpertSums:
         """Pack the moments of layers of one input; all hold the same ``H``."""
         first = next(iter(moments.values()))
-        gram = with_room(pack_gram, first.H)
+        gram = pack_gram(first.H)
         layers = {}
         for name, one in moments.items():
-            delta = None
-            if one.D is not None:
-                delta = with_room(lambda D: pack_delta(D, gram.norms), one.D)
+            delta = None if one.D is None else pack_delta(one.D, gram.norms)
             outputs = None if one.outputs is None else one.outputs.cpu()
             layers[name] = LayerSums(delta, outputs, lacks.get(name))
         inputs = None if first.inputs is None else first.inputs.cpu()
@@ -96,7 +93,7 @@ class RecordedStatistics:
         expert: its name.
         sums: of that expert.
         weight: β_i, which the stored sums are without.
-        device: where the numbers go; the CPU where there is no room for them.
+        device: where the numbers go.
     """
 
     sample = None
@@ -110,7 +107,7 @@ class RecordedStatistics:
 
     def gram(self) -> torch.Tensor:
         """``β_i H_i: (d, d)`` fp32."""
-        H = made_on(self.device, lambda device: unpack_gram(self._sums.gram, device))
+        H = unpack_gram(self._sums.gram, self.device)
         return H if self._weight == 1 else H.mul_(self._weight)
 
     def take(self, member: str, H: torch.Tensor, W_m: torch.Tensor | None = None) -> Moments:
@@ -119,8 +116,7 @@ class RecordedStatistics:
         count = weight * self._sums.tokens
         D = None
         if layer.delta is not None:
-            norms = self._sums.gram.norms
-            D = made_on(self.device, lambda device: unpack_delta(layer.delta, norms, device))
+            D = unpack_delta(layer.delta, self._sums.gram.norms, self.device)
             D = D if weight == 1 else D.mul_(weight)
         if self._sums.inputs is None:
             return Moments(H, D, count=count)

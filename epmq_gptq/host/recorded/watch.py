@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ...method.chunks import with_room
 from ...method.statistics import Moments
 from ...method.target import gain
 from ...report import ExpertError
@@ -34,13 +33,13 @@ class RecordedWatch:
 
     def start(self, W_target: torch.Tensor) -> dict[str, ExpertError]:
         """See :class:`~epmq_gptq.method.expert_error.Watch`."""
-        found, change = {}, with_room(torch.sub, W_target, self._W_m)
+        found, change = {}, W_target - self._W_m
         for expert, each in self._sums.items():
             lack = sum(one.layers[self._layer].lack for one in each)
             energy = lack
             for moments in self._moments(expert):
                 # W_i = W_m + Δ: tr[W_i H W_iᵀ] is that of W_m, twice tr[W_m Dᵀ], and the lack.
-                energy += with_room(_of_merge, self._W_m, moments)
+                energy += _of_merge(self._W_m, moments)
             if not energy > 0:
                 continue
             tokens = sum(one.tokens for one in each)
@@ -53,25 +52,21 @@ class RecordedWatch:
             )
         return found
 
-    def move_(self, device: torch.device) -> None:
-        """See :class:`~epmq_gptq.method.expert_error.Watch`."""
-        self._W_m = self._W_m.to(device)
-
     def finish(
         self, Q: torch.Tensor, shift: torch.Tensor | None, errors: Mapping[str, ExpertError]
     ) -> None:
         """See :class:`~epmq_gptq.method.expert_error.Watch`."""
-        change = with_room(torch.sub, Q, self._W_m)
+        change = Q - self._W_m
         for expert, error in errors.items():
             energy = error.energy * error.rows
             error.rounded = self._left(expert, change) / energy
             # A gain without D is less what the change costs.
-            moved = -sum(_gain(change, m._replace(D=None)) for m in self._moments(expert))
+            moved = -sum(gain(change, None, m._replace(D=None)) for m in self._moments(expert))
             error.quantization = moved / energy
         self._sums = {}
 
     def _left(self, expert: str, change: torch.Tensor) -> float:
-        gained = sum(_gain(change, moments) for moments in self._moments(expert))
+        gained = sum(gain(change, None, moments) for moments in self._moments(expert))
         return max(self._lacks[expert] - gained, 0.0)  # below 0 by what half precision lost
 
     def _moments(self, expert: str) -> list[Moments]:
@@ -81,10 +76,6 @@ class RecordedWatch:
             statistics = RecordedStatistics(expert, sums, 1.0, self._W_m.device)
             found.append(statistics.take(self._layer, statistics.gram()))
         return found
-
-
-def _gain(change: torch.Tensor, moments: Moments) -> float:
-    return with_room(lambda change, moments: gain(change, None, moments), change, moments)
 
 
 def _of_merge(W_m: torch.Tensor, moments: Moments) -> float:
