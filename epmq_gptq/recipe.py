@@ -25,7 +25,7 @@ from .io.declared import (
     validated,
 )
 from .io.hub import parse_hub_id
-from .io.yaml_files import exists, parse_json, parse_yaml, resolve_path, write_yaml
+from .io.yaml_files import exists, read_data, resolve_path, write_yaml
 
 if TYPE_CHECKING:
     from .config import EPMQConfig
@@ -244,19 +244,7 @@ class Recipe(Declared):
     def from_file(cls, path: str | Path) -> Recipe:
         """From a YAML file, or a JSON file named ``.json``."""
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            data = (parse_json if path.suffix.lower() == ".json" else parse_yaml)(text)
-        except EPMQInputError as error:
-            raise error.within(f"recipe `{path.name}`") from error
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise EPMQInputError(
-                f"recipe `{path.name}` is not readable: {reason}.",
-                code="EPMQ-O04",
-                subject=f"recipe `{path.name}`",
-                remedy="Give a YAML file, or a JSON file named .json.",
-            ) from error
+        data = read_data(path, f"recipe `{path.name}`")
         return cls.from_options(data, path.parent)
 
     def to_yaml(self) -> str:

@@ -51,7 +51,7 @@ class AblationPlan(Plan):
 
 def default_variant() -> str:
     """The row that is the ``best`` profile of the package."""
-    from epmq_gptq.profiles import PROFILES
+    from epmq_gptq.config import PROFILES
 
     best = PROFILES["best"]._asdict()
     return next(name for name in CANDIDATES if best == best | {k: VARIANTS[name][k] for k in best})

@@ -66,7 +66,7 @@ BEST = "best"
 
 def paper_alpha(suite: str, merger: str) -> float:
     """The paper's constants; the models of text4 are language models."""
-    from epmq_gptq.profiles import paper_alpha as of_family
+    from epmq_gptq.config import paper_alpha as of_family
 
     return of_family("llama" if suite == "text4" else "clip", merger)
 

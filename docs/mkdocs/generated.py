@@ -5,7 +5,7 @@ Nothing here is written down twice, so no page of reference can fall behind the 
 
 from __future__ import annotations
 
-import ast
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -66,19 +66,27 @@ def recipe_keys() -> str:
 
 
 def config_options() -> str:
-    """The options of EPMQConfig from its docstring, without importing GPTQModel."""
-    described = _arguments(_class("config.py", "EPMQConfig"))
-    defaults = _defaults(_class("config.py", "EPMQConfig"))
+    """The options of EPMQConfig that GPTQModel does not have."""
+    from epmq_gptq.config import EPMQConfig
+
     rows = []
-    for name, doc in described.items():
-        # One entry may describe several options: `eta, rho`.
-        default = ", ".join(f"`{defaults[one.strip()]}`" for one in name.split(","))
-        rows.append((f"`{name}`", default, _plain(doc)))
+    for option in dataclasses.fields(EPMQConfig):
+        if "description" in option.metadata:
+            rows.append(
+                (f"`{option.name}`", f"`{default_of(option)!r}`", option.metadata["description"])
+            )
     return table(["option", "default", "what it is"], rows)
 
 
+def default_of(option: dataclasses.Field) -> object:
+    """What an option is where nothing is said."""
+    if option.default_factory is not dataclasses.MISSING:
+        return option.default_factory()
+    return option.default
+
+
 def profiles() -> str:
-    from epmq_gptq.profiles import PROFILES
+    from epmq_gptq.config import PROFILES
 
     fields = list(next(iter(PROFILES.values()))._fields)
     rows = [
@@ -86,43 +94,6 @@ def profiles() -> str:
         for name, profile in PROFILES.items()
     ]
     return table(["profile", *(f"`{field}`" for field in fields)], rows)
-
-
-def _class(file: str, name: str) -> ast.ClassDef:
-    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
-    return next(
-        node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name
-    )
-
-
-def _arguments(node: ast.ClassDef) -> dict[str, str]:
-    """Name → text of a docstring's ``Args``."""
-    text = inspect.cleandoc(ast.get_docstring(node) or "")
-    block = re.search(r"^Args:\n((?:    .*\n|\n)+)", text + "\n", re.MULTILINE)[1]
-    entries = re.split(r"^    (?=\w)", block, flags=re.MULTILINE)[1:]
-    pairs = (entry.partition(":") for entry in entries)
-    return {name.strip(): " ".join(doc.split()) for name, _, doc in pairs}
-
-
-def _defaults(node: ast.ClassDef) -> dict[str, str]:
-    """Field → its default, as the source has it."""
-    found = {}
-    for line in node.body:
-        if not isinstance(line, ast.AnnAssign) or not isinstance(line.value, ast.Call):
-            continue
-        given = {keyword.arg: keyword.value for keyword in line.value.keywords}
-        if "default" in given:
-            found[line.target.id] = ast.unparse(given["default"])
-        else:
-            factory = ast.unparse(given["default_factory"])
-            found[line.target.id] = {"dict": "{}", "list": "[]"}[factory]
-    return found
-
-
-def _plain(text: str) -> str:
-    """Without Sphinx's roles, which Markdown does not know."""
-    text = re.sub(r":\w+:`~?([\w.]+)`", lambda found: f"`{found[1].rpartition('.')[2]}`", text)
-    return text.replace("``", "`")
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ..profiles import PROFILES
-
 MERGE_METHODS = (
     "average",
     "task_arithmetic",
@@ -28,7 +26,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "bits": ("2", "3", "4", "8"),
     "group_size": ("32", "64", "128", "-1"),
-    "profile": tuple(PROFILES),
+    "profile": ("best", "paper", "gptq"),
     "alpha": ("auto",),
     "eta": (),
     "rho": (),

@@ -13,7 +13,7 @@ from ..calibration.batches import CalibrationPlan, input_rules, plan_inputs
 from ..calibration.draws import read_calibration
 from ..calibration.encoded import EncodedCalibration
 from ..checks.estimates import recorded
-from ..config import EPMQConfig
+from ..config import EPMQConfig, paper_alpha
 from ..errors import EPMQInputError, EPMQWarning
 from ..experts.experts import Experts
 from ..experts.linears import Linear
@@ -22,7 +22,6 @@ from ..io.checkpoints import Checkpoint
 from ..io.output import check_space
 from ..io.phases import Phases
 from ..method.weighting import Weighting
-from ..profiles import paper_alpha
 from .provenance import merge_record
 from .recorded.recording import Recording
 

@@ -63,12 +63,15 @@ class Declared(BaseModel):
         }
 
 
-def ruled(words: str, holds: Callable[[Any], bool]) -> BeforeValidator:
+def ruled(
+    words: str, holds: Callable[[Any], bool], *, code: str = "EPMQ-O01", remedy: str = ""
+) -> BeforeValidator:
     """A check for ``Annotated``: a value for which ``holds`` is false "should be {words}"."""
+    facts = {"words": words, "code": code, "remedy": remedy}
 
     def check(value: Any) -> Any:
         if not holds(value):
-            raise PydanticCustomError("ruled", "Input should be {words}", {"words": words})
+            raise PydanticCustomError("ruled", "Input should be {words}", facts)
         return value
 
     return BeforeValidator(check)
@@ -107,7 +110,8 @@ def validated(
     Args:
         model: what the data should be.
         data: plain data, as YAML or JSON gives it.
-        what: how errors call the data, for example "`merge`" or "`epmq_report.json`".
+        what: how errors call the data, for example "`merge`" or "`epmq_report.json`"; "" where the
+            keys say enough.
         code: of every error, in place of those for options.
         remedy: of every error, in place of what follows from the mistake.
 
@@ -148,7 +152,8 @@ def input_error(
     path = _path(first, data)
     if isinstance(own, EPMQInputError):
         named = not path or own.cause.startswith(f"`{_dotted(path)}")
-        return (own if named else own.within(f"`{_dotted(path)}`")).within(what)
+        own = own if named else own.within(f"`{_dotted(path)}`")
+        return own.within(what) if what else own
     if first["type"] in _KEY_ERRORS:
         block = _fields(model, path[:-1])
         place = f"{what}: `{_dotted(path[:-1])}`" if path[:-1] else what
@@ -168,8 +173,10 @@ def input_error(
     rules = [_rule(each) for each in found if _path(each, data) == path]
     rule = " or ".join(dict.fromkeys(rules))
     if path:
-        wrong = bad_option(_dotted(path), rule, first["input"], remedy or "", code or "EPMQ-O01")
-        return wrong.within(what)
+        facts = first.get("ctx", {})
+        remedy, code = remedy or facts.get("remedy", ""), code or facts.get("code", "EPMQ-O01")
+        wrong = bad_option(_dotted(path), rule, first["input"], remedy, code)
+        return wrong.within(what) if what else wrong
     known = ", ".join(_fields(model, ()))
     return EPMQInputError(
         f"{what} should be {rule}, got {shown(first['input'])}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,33 @@ def parse_json(text: str) -> Any:
             code="EPMQ-O04",
             subject="JSON",
             remedy="Correct it.",
+        ) from error
+
+
+def read_data(path: Path, what: str, parse: Callable[[str], Any] | None = None) -> Any:
+    """What a file of YAML or JSON holds.
+
+    Args:
+        path: of the file.
+        what: how errors call it.
+        parse: :func:`parse_yaml` or :func:`parse_json`; None goes by the file's name.
+
+    Raises:
+        EPMQInputError: it cannot be read, or as of ``parse``.
+    """
+    parse = parse or (parse_json if path.suffix.lower() == ".json" else parse_yaml)
+    try:
+        return parse(path.read_text(encoding="utf-8-sig"))
+    except EPMQInputError as error:
+        raise error.within(what) from error
+    except (OSError, ValueError) as error:
+        # The reason alone: the message of an OSError holds the whole path.
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise EPMQInputError(
+            f"{what} is not readable: {reason}.",
+            code="EPMQ-O04",
+            subject=what,
+            remedy="Give a YAML file, or a JSON file named .json.",
         ) from error
 
 

@@ -21,7 +21,7 @@ from quality.ablation import (
     default_variant,
 )
 
-from epmq_gptq.profiles import PROFILES
+from epmq_gptq.config import PROFILES
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1)

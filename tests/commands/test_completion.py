@@ -121,7 +121,7 @@ def test_completion_is_quick_and_light():
 
 def test_the_names_are_those_of_the_registries():
     from epmq_gptq.checks.check import VERIFY
-    from epmq_gptq.config import EPMQConfig
+    from epmq_gptq.config import PROFILES, EPMQConfig
     from epmq_gptq.host.loading import DEVICES
     from epmq_gptq.merging import merge_methods
     from epmq_gptq.method.target import ANCHORS
@@ -132,5 +132,6 @@ def test_the_names_are_those_of_the_registries():
     assert DEVICES == completion.DEVICES and DTYPES == completion.DTYPES
     assert tuple(VERIFY) == completion.VERIFY
     assert set(completion.SETTINGS) <= {each.name for each in dataclasses.fields(EPMQConfig)}
+    assert completion.SETTINGS["profile"] == tuple(PROFILES)
     assert completion.SETTINGS["anchor"] == ANCHORS
     assert completion.SETTINGS["weighting"] == WEIGHTINGS
