@@ -6,6 +6,7 @@ shell nor a typo should have to wait for it.
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -15,19 +16,19 @@ from typer.core import TyperCommand, TyperGroup
 from . import __version__
 from .commands.card import card
 from .commands.check import check
-from .commands.common import examples_text, usage_failed
 from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.explain import explain
 from .commands.inspect import inspect
 from .commands.merge import merge, methods
+from .commands.operation import examples_text, usage_failed
 from .commands.push import push
 from .commands.quantize import quantize
 from .commands.report import report
 from .commands.requantize import requantize
 from .commands.retention import retention
-from .exit_codes import ExitCode
-from .io.interrupts import of_the_process
+from .errors import ExitCode, Terminated
+from .io.interrupts import terminated
 
 # UsageError, of click or of the copy of it that newer versions of typer bring along.
 _UsageError = typer.BadParameter.__mro__[1]
@@ -54,8 +55,8 @@ class Group(TyperGroup):
             code = super().main(args, *rest, standalone_mode=False, **more)
         except _UsageError as error:
             code = usage_failed(error, args)
-        except typer.Abort:
-            code = ExitCode.INTERRUPTED
+        except (typer.Abort, KeyboardInterrupt) as error:
+            code = ExitCode.TERMINATED if isinstance(error, Terminated) else ExitCode.INTERRUPTED
         raise SystemExit(code or ExitCode.OK)
 
 
@@ -107,10 +108,10 @@ for _command in (
     *(evaluate, retention, report, check, card, push),
     *(demo, explain),
 ):
-    app.command(cls=Command)(_command)
+    app.command(cls=Command)(_command.command)
 
 
 def main() -> None:
     """Entry point of ``epmq-gptq``."""
-    with of_the_process():
-        app()
+    signal.signal(signal.SIGTERM, terminated)
+    app()

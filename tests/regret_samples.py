@@ -4,7 +4,7 @@ import json
 import math
 import random
 
-from epmq_gptq.report import ExpertError, ModuleReport, QuantizationReport
+from epmq_gptq.run_report import ExpertError, ModuleReport, QuantizationReport
 
 LLAMA = (
     "self_attn.q_proj",

@@ -107,7 +107,7 @@ def test_the_family_has_no_members_elsewhere():
 def test_every_code_is_used_or_reserved():
     used: set[str] = set()
     for name, file in SOURCES.items():
-        if name in ("explanations.py", "cli.py"):  # they speak of codes
+        if name in ("cli.py", "commands/explain.py"):  # they speak of codes
             continue
         text = file.read_text(encoding="utf-8")
         if name == "errors.py":  # its own table is no use

@@ -6,14 +6,14 @@ Nothing here is written down twice, so no page of reference can fall behind the 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import epmq_gptq
-from epmq_gptq.errors import CODES
-from epmq_gptq.exit_codes import ExitCode
+from epmq_gptq.errors import CODES, ExitCode
 
 PACKAGE = Path(epmq_gptq.__file__).parent
 MARKER = re.compile(r"^<!-- epmq:([a-z-]+) -->$", re.MULTILINE)
@@ -109,10 +109,8 @@ def commands() -> str:
 
 
 def _command(name: str, command) -> str:
-    from epmq_gptq.commands.common import examples_of
-
     parts = [f"## {name}", prose(inspect.cleandoc(command.help))]
-    shown = (f"# {about}\n{line}" for about, line in examples_of(command.callback))
+    shown = (f"# {about}\n{line}" for about, line in command.callback.examples)
     parts.append("```bash\n" + "\n\n".join(shown) + "\n```")
     rows = []
     for parameter in command.params:
@@ -158,37 +156,44 @@ def merge_methods() -> str:
 # ---- Python --------------------------------------------------------------------------------------
 
 
+def operations() -> dict[str, Callable]:
+    """The functions that are commands as well."""
+    return {name: getattr(epmq_gptq, name) for name in epmq_gptq._OPERATIONS}
+
+
 def api_functions() -> str:
-    """The functions of epmq_gptq.api and then what they return, for mkdocstrings."""
-    return _members(callables=True) + "\n\n### What they return\n\n" + _members(callables=False)
+    """The operations with their keywords, and then what they return, for mkdocstrings."""
+    parts = [_function(name, function) for name, function in operations().items()]
+    parts.append("### What they return")
+    for function in operations().values():
+        module = importlib.import_module(function.__module__)
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and getattr(kind, "__module__", "") == module.__name__:
+                parts.append(
+                    f"::: {module.__name__}.{name}\n"
+                    "    options: {heading_level: 4, filters: ['!^_', '!^print_to$', '!^show$']}"
+                )
+    return "\n\n".join(dict.fromkeys(parts))
 
 
-def _members(*, callables: bool) -> str:
-    from epmq_gptq import api
-
-    names = [name for name in api.__all__ if inspect.isfunction(getattr(api, name)) == callables]
-    options = "    options: {heading_level: 4, filters: ['!^_', '!^print_to$']}"
-    return "\n\n".join(f"::: epmq_gptq.api.{name}\n{options}" for name in names)
+def _function(name: str, function: Callable) -> str:
+    about, _, rest = inspect.getdoc(function).partition("\n\nThe same as")
+    raised = rest.partition("\nRaises:\n")[2]
+    rows = []
+    for each in function.parameters.values():
+        needed = each.default is inspect.Parameter.empty
+        default = "" if needed else f"`{each.default!r}`"
+        rows.append((f"`{each.name}`" + " (required)" * needed, prose(each.help), default))
+    rows.append(("`progress`", "Say what is going on.", "`False`"))
+    parts = [f"#### {name} {{ #{name} }}", prose(about)]
+    parts.append(table(["argument", "what it is", "default"], rows))
+    errors = re.split(r"^    (?=\w)", raised, flags=re.MULTILINE)[1:]
+    lines = (error.partition(":") for error in errors)
+    told = [f"- `{error.strip()}`: {prose(' '.join(why.split()))}" for error, _, why in lines]
+    return "\n\n".join([*parts, *(["Raises:\n\n" + "\n".join(told)] if told else [])])
 
 
 # ---- errors --------------------------------------------------------------------------------------
-
-
-def error_codes() -> str:
-    from epmq_gptq.commands.explanations import KINDS, as_dict, explained_codes
-
-    parts, kind = [], ""
-    for code in explained_codes():
-        if code[5] != kind:
-            kind = code[5]
-            parts.append(f"## {kind}: {KINDS[kind]}")
-        entry = as_dict(code)
-        title = prose(entry["title"])
-        parts.append(f"### {code}\n\n**{title[0].upper()}{title[1:]}.** {prose(entry['means'])}")
-        parts.append(f"*Usually:* {prose(entry['cause'])}")
-        parts.append(f"*What to do:* {prose(entry['remedy'])}")
-        parts.append(f"``` {{ .text .wrap }}\n{entry['example']}\n```")
-    return "\n\n".join(part.rstrip() for part in parts)
 
 
 def code_list() -> str:
@@ -204,6 +209,5 @@ PARTS: dict[str, Callable[[], str]] = {
     "exit-codes": exit_codes,
     "merge-methods": merge_methods,
     "api-functions": api_functions,
-    "error-codes": error_codes,
     "code-list": code_list,
 }

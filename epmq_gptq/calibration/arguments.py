@@ -1,4 +1,4 @@
-"""Calibration as the command line gives it: ``name=SPEC`` per expert, or a file with the block."""
+"""A calibration as it is given, on a shell or in Python, as the block of a recipe."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any
 
 from ..errors import EPMQInputError
 from ..io.yaml_files import parse_yaml, resolve_path
-from .sources import DATA_FREE, recipe_calibration
+from .sources import DATA_FREE, given_sources, recipe_calibration
 
 
-def parse_calibration(values: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
+def parse_calibration(values: Sequence[str]) -> dict[str, Any]:
     """``--calibration`` as the recipe's block; files as absolute paths.
 
     Args:
         values: ``name=SPEC`` each; or one alone, a YAML file with the whole block, or the block
             itself in braces.
-        experts: the names that may be given.
 
     Raises:
-        EPMQInputError: an unknown or repeated expert, or a file that is no block.
+        EPMQInputError: an expert is given twice, or a file is no block.
     """
     block: dict[str, Any] = {}
     for value in values:
@@ -30,23 +29,22 @@ def parse_calibration(values: Sequence[str], experts: Sequence[str]) -> dict[str
         if is_block or not equals:
             if len(values) > 1:
                 raise _wrong("what gives all experts theirs goes alone", "Leave the others out.")
-            return _written(value, experts) if is_block else _read(Path(value), experts)
+            return _written(value) if is_block else _read(Path(value))
         if name in block:
             raise _wrong(f"`{name}` is given twice", "Keep one; `name=[a.jsonl, b.jsonl]` is both.")
-        _check_expert(name, experts)
         block[name] = parse_source(name, source)
     return block
 
 
-def _written(text: str, experts: Sequence[str]) -> dict[str, Any]:
+def _written(text: str) -> dict[str, Any]:
     try:
         block = parse_yaml(text)
     except EPMQInputError as error:
         raise error.within("`--calibration`") from error
-    return _checked(block, Path.cwd(), "`{...}`", experts)
+    return _checked(block, Path.cwd(), "`{...}`")
 
 
-def _read(file: Path, experts: Sequence[str]) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     file = resolve_path(str(file), Path())
     try:
         block = parse_yaml(file.read_text(encoding="utf-8"))
@@ -57,30 +55,49 @@ def _read(file: Path, experts: Sequence[str]) -> dict[str, Any]:
         ) from error
     except EPMQInputError as error:
         raise error.within(f"`--calibration {file.name}`") from error
-    return _checked(block, file.parent, f"`{file.name}`", experts)
+    return _checked(block, file.parent, f"`{file.name}`")
 
 
-def _checked(block: Any, folder: Path, what: str, experts: Sequence[str]) -> dict[str, Any]:
+def _checked(block: Any, folder: Path, what: str) -> dict[str, Any]:
     if isinstance(block, Mapping) and set(block) == {"calibration"}:
         block = block["calibration"]
     if not isinstance(block, Mapping) or not all(isinstance(key, str) for key in block):
         raise _wrong(f"{what} should map experts to sources", "Write it as in a recipe's block.")
     if "expert_column" in block:
         return dict(_absolute(dict(block), folder))
-    for name in block:
-        _check_expert(name, experts)
     return {name: _absolute(source, folder) for name, source in block.items()}
 
 
-def _check_expert(name: str, experts: Sequence[str]) -> None:
-    if name not in experts:
-        raise EPMQInputError(
-            f"`--calibration`: `{name}` is not one of the experts "
-            f"{', '.join(f'`{expert}`' for expert in experts)}.",
-            code="EPMQ-F21",
-            subject="`--calibration`",
-            remedy="Use these names, or add the expert with `--expert`.",
-        )
+def given_calibration(calibration: Any) -> Any:
+    """A calibration of Python as a recipe's block: files as absolute paths, rows wrapped."""
+    if not isinstance(calibration, Mapping) or "expert_column" in calibration:
+        return calibration
+    block = {}
+    for name, value in calibration.items():
+        if isinstance(value, (str, Path)):
+            block[name] = _absolute(str(value), Path.cwd())
+        else:
+            block[name] = given_sources(value, name)
+    return block
+
+
+def check_experts_of(block: Any, experts: Sequence[str]) -> None:
+    """Refuse the calibration of an expert that there is not.
+
+    Raises:
+        EPMQInputError: naming it.
+    """
+    if not isinstance(block, Mapping) or "expert_column" in block:
+        return
+    for name in block:
+        if name not in experts:
+            raise EPMQInputError(
+                f"`--calibration`: `{name}` is not one of the experts "
+                f"{', '.join(f'`{expert}`' for expert in experts)}.",
+                code="EPMQ-F21",
+                subject="`--calibration`",
+                remedy="Use these names, or add the expert with `--expert`.",
+            )
 
 
 def _wrong(cause: str, remedy: str) -> EPMQInputError:

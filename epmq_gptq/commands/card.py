@@ -1,25 +1,58 @@
-"""``epmq-gptq card``."""
+"""``card``: a checkpoint's model card."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from .common import Json, Quiet, Verbose, examples, place, running
+from ..io.console import Reporter
+from . import forms
+from .operation import Result, operation
 
 
-@examples(
+@dataclass(frozen=True, repr=False)
+class CardResult(Result):
+    """A model card.
+
+    Attributes:
+        text: Markdown with the hub's metadata.
+        written: whether it is in the checkpoint now.
+    """
+
+    text: str
+    written: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"card": self.text, "written": self.written}
+
+    def print_to(self, console: Console) -> None:
+        # As it is: a card is no rich markup, and a long line of a table is one line.
+        console.out(self.text, end="", highlight=False)
+
+    def show(self, reporter: Reporter) -> None:
+        if not self.written:
+            self.print_to(reporter.result)
+
+    def __repr__(self) -> str:
+        return f"<CardResult: {len(self.text.splitlines())} lines>"
+
+
+@operation(
     ("read it before anything is written", "epmq-gptq card merged-4bit --dry-run"),
     (
         "for its repository, under a title",
         "epmq-gptq card merged-4bit --repo-id me/merged-4bit \\\n"
         "    --title 'Math and code in 4 bits'",
     ),
+    interrupted="the card is as it was.",
 )
 def card(
-    folder: Annotated[Path, typer.Argument(help="Of a checkpoint that E-PMQ made.")],
+    folder: Annotated[
+        str | Path, typer.Argument(help="Of a checkpoint that E-PMQ made."), forms.PATH
+    ],
+    *,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the card and write nothing.")
     ] = False,
@@ -38,26 +71,20 @@ def card(
         bool,
         typer.Option("--overwrite", help="Replace a card that was written or edited by hand."),
     ] = False,
-    json_report: Json = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+    reporter: Reporter,
+) -> CardResult:
     """Write a checkpoint's model card anew (README.md), as `save` writes it: after an evaluation,
-    with a title or the name of its repository. One that was edited by hand is left alone."""
-    with running(json_report, quiet, verbose, interrupted="the card is as it was.") as run:
-        folder = place(folder)
-        options = dict(repo_id=repo_id, title=title, license=license, include_names=names)
-        with run.reporter.quiet_host():
-            from ..publish.card import model_card, write_card
+    with a title or the name of its repository. One that was edited by hand is left alone.
 
-            if dry_run:
-                text = model_card(folder, **options)
-            else:
-                text = write_card(folder, overwrite=overwrite, **options)
-        if dry_run:
-            # As it is: a card is no rich markup, and a long line of a table is one line.
-            run.reporter.result.out(text, end="", highlight=False)
-        else:
-            lines = text.count("\n")
-            run.reporter.step("card", f"{folder.name}/README.md: {lines} lines")
-        run.write({"card": text, "written": not dry_run})
+    Raises:
+        EPMQInputError: the checkpoint is none of ours, or its card was edited by hand.
+    """
+    from ..publish.card import model_card, write_card
+
+    options = dict(repo_id=repo_id, title=title, license=license, include_names=names)
+    if dry_run:
+        return CardResult(model_card(folder, **options), False)
+    text = write_card(folder, overwrite=overwrite, **options)
+    lines = text.count("\n")
+    reporter.step("card", f"{folder.name}/README.md: {lines} lines")
+    return CardResult(text, True)

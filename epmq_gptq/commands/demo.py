@@ -1,18 +1,52 @@
-"""``epmq-gptq demo``."""
+"""``demo``: the whole way, on small models that are trained here."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ..errors import EPMQInputError
-from .common import Json, Out, Overwrite, Quiet, Verbose, examples, place, print_checkpoint, running
-from .completion import merge_methods
+from ..io.console import Reporter
+from . import forms
+from .operation import Result, operation
+from .quantize import say_checkpoint
+
+if TYPE_CHECKING:
+    from ..evaluation.demo import DemoResult as Scores
 
 
-@examples(
+@dataclass(frozen=True, repr=False)
+class DemoResult(Result):
+    """What each method makes of the demo's merge.
+
+    Attributes:
+        out: folder of the E-PMQ checkpoint.
+        scores: of every method on every domain.
+    """
+
+    out: Path
+    scores: "Scores"
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.scores.to_dict()
+
+    def print_to(self, console: Console) -> None:
+        from ..evaluation.demo.table import result_table
+
+        console.print(result_table(self.scores))
+
+    def show(self, reporter: Reporter) -> None:
+        if reporter.quiet:  # otherwise it is part of what was said on the way
+            self.print_to(reporter.result)
+        say_checkpoint(reporter, self.out)
+
+    def __repr__(self) -> str:
+        return f"<DemoResult {self.out.name}>"
+
+
+@operation(
     ("the whole way on an embedded example, in minutes on a CPU", "epmq-gptq demo"),
     ("only to see that everything runs", "epmq-gptq demo --quick --out /tmp/demo"),
     (
@@ -21,7 +55,8 @@ from .completion import merge_methods
     ),
 )
 def demo(
-    out: Out = Path("demo-4bit"),
+    *,
+    out: Annotated[str | Path, forms.OUT, forms.PATH] = "demo-4bit",
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny models, only to see that everything runs.")
     ] = False,
@@ -31,49 +66,41 @@ def demo(
         float | None,
         typer.Option(help="Strength of E-PMQ's anchor to the merge; default: chosen by itself."),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="Merge method.", autocompletion=merge_methods)
-    ] = "average",
+    method: Annotated[str, forms.METHOD] = "average",
     awq: Annotated[bool, typer.Option("--awq", help="Also GPTQModel's AWQ (minutes).")] = False,
     seed: Annotated[int, typer.Option(help="Of the models and the data.")] = 0,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train again although models are cached.")
     ] = False,
-    overwrite: Overwrite = False,
-    json_report: Json = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Train small experts, merge and quantize them, and compare the methods. Needs no network."""
-    with running(json_report, quiet, verbose) as run:
-        out = place(out)
-        check_bits = {"bits": bits, "group_size": group_size}
-        for name, value in check_bits.items():
-            if value < 1:
-                option = f"`--{name.replace('_', '-')}`"
-                raise EPMQInputError(
-                    f"{option} should be positive, got {value}.",
-                    code="EPMQ-F33",
-                    subject=option,
-                    remedy="Leave it out for the default.",
-                )
-        from ..evaluation.demo import DemoOptions, run_demo
+    overwrite: Annotated[bool, forms.OVERWRITE] = False,
+    reporter: Reporter,
+) -> DemoResult:
+    """Train small experts, merge and quantize them, and compare the methods. Needs no network.
 
-        options = DemoOptions(
-            out=out,
-            alpha=alpha,
-            awq=awq,
-            seed=seed,
-            merge_method=method,
-            quick=quick,
-            retrain=retrain,
-            overwrite=overwrite,
-            **check_bits,
-        )
-        result = run_demo(options, run.reporter.out, quiet=not verbose)
-        if quiet:  # otherwise it is part of what was said on the way
-            from ..evaluation.demo.table import result_table
+    Raises:
+        EPMQInputError: ``out`` is taken, or an option cannot be used.
+    """
+    for name, value in {"bits": bits, "group_size": group_size}.items():
+        if value < 1:
+            option = f"`--{name.replace('_', '-')}`"
+            raise EPMQInputError(
+                f"{option} should be positive, got {value}.",
+                code="EPMQ-F33",
+                subject=option,
+                remedy="Leave it out for the default.",
+            )
+    from ..evaluation.demo import DemoOptions, run_demo
 
-            run.show(result_table(result))
-        print_checkpoint(run.reporter, out)
-        run.write(result.to_dict())
+    options = DemoOptions(
+        out=out,
+        bits=bits,
+        group_size=group_size,
+        alpha=alpha,
+        awq=awq,
+        seed=seed,
+        merge_method=method,
+        quick=quick,
+        retrain=retrain,
+        overwrite=overwrite,
+    )
+    return DemoResult(out, run_demo(options, reporter.out, quiet=not reporter.verbose))

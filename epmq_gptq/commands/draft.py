@@ -1,7 +1,12 @@
-"""From a merged model to a recipe: what its lineage says, what the user adds, what is missing."""
+"""The recipe that a target stands for: a recipe itself, or a merged model.
+
+Of a merged model its lineage says something, the user adds something, and a draft knows what is
+missing.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..calibration.arguments import DATA_FREE, check_source, moved_source, parse_calibration
+from ..calibration.arguments import (
+    DATA_FREE,
+    check_experts_of,
+    check_source,
+    given_calibration,
+    moved_source,
+)
+from ..calibration.sources import RowSource
 from ..errors import EPMQInputError, EPMQWarning
+from ..io.console import Reporter
 from ..io.declared import is_word, shown
 from ..io.hub import fetch, local_folder, parse_hub_id
 from ..io.yaml_files import write_yaml
@@ -20,6 +33,7 @@ from ..merging.lineage.read import LINEAGE_FILES, read_lineage
 from ..recipe import RECIPE_VERSION, Recipe
 
 _MERGED = "the merged model"
+_RECIPES = (".yaml", ".yml", ".json")
 
 
 @dataclass(frozen=True)
@@ -29,14 +43,15 @@ class Given:
     Attributes:
         experts: name → folder, hub id or ``base+adapter``; replaces or adds an expert.
         base: instead of the lineage's.
-        calibration: ``name=SPEC`` per expert, or one file with the whole block.
+        calibration: expert → rows or whatever says where they are, or one source for all with
+            ``expert_column``.
         quantize: options of EPMQConfig.
         dtype, seed: as in a recipe.
     """
 
     experts: Mapping[str, str] = field(default_factory=dict)
     base: str | None = None
-    calibration: Sequence[str] = ()
+    calibration: Any = None
     quantize: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     seed: int | None = None
@@ -191,9 +206,20 @@ class Draft:
         return Recipe.from_options(self._options(Path.cwd()), Path.cwd())
 
     def to_yaml(self, folder: Path) -> str:
-        """The recipe as a file of ``folder``; what is missing is there as comments."""
+        """The recipe as a file of ``folder``; what is missing is there as comments.
+
+        Raises:
+            EPMQInputError: rows are in memory.
+        """
         options = self._options(folder)
         calibration = options.pop("calibration", {})
+        if any(type(item) is RowSource for each in calibration.values() for item in each):
+            raise EPMQInputError(
+                "`--write-recipe`: `calibration` has rows that are in no file.",
+                code="EPMQ-O03",
+                subject="`--write-recipe`",
+                remedy="Say where the rows are, or leave `calibration` out.",
+            )
         experts = options["experts"]
         lines = [
             "# Written by `epmq-gptq quantize --write-recipe`; `epmq-gptq quantize --help` has "
@@ -276,7 +302,9 @@ def draft_of_merge(target: str, given: Given) -> Draft:
             del experts[expert]
             notes.append(f"`{expert}` is the base and no expert")
     draft = Draft(merged, lineage, experts, absent, base, {}, given, notes)
-    draft.calibration = parse_calibration(given.calibration, draft._names)
+    if given.calibration is not None:
+        check_experts_of(given.calibration, draft._names)
+        draft.calibration = given.calibration
     return draft
 
 
@@ -357,6 +385,100 @@ def _check_place(name: str, answer: str) -> str:
     for part in parts:
         local_folder(part.strip(), f"expert `{name}`")
     return answer
+
+
+# ---- a recipe or a merged model ----------------------------------------------------------------
+
+
+def is_recipe(target: Any) -> bool:
+    """Whether a target is a recipe; a folder or a hub id is a merged model."""
+    if isinstance(target, (Recipe, Mapping)):
+        return True
+    try:
+        path = Path(target).expanduser()
+        return not path.is_dir() and (path.is_file() or path.suffix.lower() in _RECIPES)
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null byte
+        return False
+
+
+def read_target(target: Any, given: Given, reporter: Reporter) -> Recipe | Draft:
+    """A recipe as it is given, or the draft of one that a merged model stands for.
+
+    Args:
+        target: a recipe, its file or its options; or folder or hub id of a merged model.
+        given: what the user says of a merged model; of a recipe, options of ``quantize`` only.
+        reporter: where to show what a merged model says of itself.
+
+    Raises:
+        EPMQInputError: the target cannot be read, or an option does not go with it.
+    """
+    if not is_recipe(target):
+        return read_merge(str(target), given, reporter)
+    _refuse_given(given)
+    if isinstance(target, Recipe):
+        recipe = copy.copy(target)
+    elif isinstance(target, Mapping):
+        options = dict(target)
+        if "calibration" in options:
+            options["calibration"] = given_calibration(options["calibration"])
+        recipe = Recipe.from_options(options, Path.cwd())
+    else:
+        recipe = Recipe.from_file(Path(target).expanduser())
+    recipe.quantize = {**recipe.quantize, **given.quantize}
+    return recipe
+
+
+def read_merge(target: str, given: Given, reporter: Reporter) -> Draft:
+    """What is known of a merged model, shown line by line."""
+    draft = draft_of_merge(target, given)
+    for name, text in draft.described():
+        reporter.step(name, text)
+    for note in draft.notes:
+        reporter.note(note)
+    return draft
+
+
+def complete_recipe(target: Any, given: Given, reporter: Reporter) -> Recipe:
+    """The recipe that ``target`` stands for; asks on a terminal for what is missing.
+
+    Raises:
+        EPMQInputError: as :func:`read_target`, or something is missing and nobody can be asked.
+    """
+    read = read_target(target, given, reporter)
+    if isinstance(read, Recipe):
+        return read
+    if reporter.asks:
+        read.ask(partial(_ask, reporter))
+    recipe = read.recipe()
+    read.check_weights(lambda what: reporter.step("verify", what))
+    return recipe
+
+
+def _ask(reporter: Reporter, text: str, read: Callable[[str], Any]) -> Any:
+    while True:
+        try:
+            return read(reporter.ask(text))
+        except EPMQInputError as error:
+            reporter.error(str(error), error.code)
+
+
+def _refuse_given(given: Given) -> None:
+    """Refuse options that a recipe has keys for."""
+    options = {
+        "--calibration": given.calibration,
+        "--expert": given.experts or None,
+        "--base": given.base,
+        "--dtype": given.dtype,
+        "--seed": given.seed,
+    }
+    for option, value in options.items():
+        if value is not None:
+            raise EPMQInputError(
+                f"`{option}` goes with a merged model, and the target is a recipe.",
+                code="EPMQ-O03",
+                subject=f"`{option}`",
+                remedy="Write it in the recipe.",
+            )
 
 
 # ---- writing -----------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ steps that do not need it go on.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +17,8 @@ from ..errors import EPMQError
 from ..host import loading
 
 if TYPE_CHECKING:
-    from ..io.console import Reporter
     from ..recipe import Recipe
-    from .draft import Draft, Given
+    from .draft import Draft
 
 T = TypeVar("T")
 
@@ -70,7 +68,7 @@ class Subject:
 
         def read() -> Mapping[str, Any]:
             from ..calibration.draws import read_calibration
-            from .pipeline import recipe_form
+            from .run_recipe import recipe_form
 
             return read_calibration(
                 recipe.calibration,
@@ -124,34 +122,12 @@ class Subject:
 
 def _method(recipe: Recipe) -> Iterator[Finding]:
     """What a run would refuse before it merges."""
-    from .pipeline import check_method
+    from .run_recipe import check_method
 
     try:
         check_method(recipe)
     except EPMQError as error:
         yield Finding.from_error(error)
-
-
-def read_subject(target: str, given: Given, reporter: Reporter) -> Subject:
-    """What a command was pointed at.
-
-    Args:
-        target: file of a recipe, or folder or hub id of a merged model.
-        given: what the command line says; of a recipe, options of the quantization only.
-        reporter: where to show what a merged model says of itself.
-
-    Raises:
-        EPMQInputError: the target cannot be read, or an option does not go with it.
-    """
-    from ..recipe import Recipe
-    from .targets import is_recipe, read_merge, refuse_given
-
-    if not is_recipe(target):
-        return Subject.of_draft(read_merge(target, given, reporter))
-    refuse_given(dataclasses.replace(given, quantize={}))
-    recipe = Recipe.from_file(Path(target).expanduser())
-    recipe.quantize = {**recipe.quantize, **given.quantize}
-    return Subject.of_recipe(recipe)
 
 
 class _Attempts:

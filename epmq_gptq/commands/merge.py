@@ -1,19 +1,59 @@
-"""``epmq-gptq merge`` and ``epmq-gptq methods``."""
+"""``merge`` and ``methods``: experts of one base into a new model, and the ways to do it."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
-from .common import Json, Out, Overwrite, Quiet, Verbose, examples, pairs, place, running, values
-from .completion import devices, merge_methods
+from ..io.console import Reporter, human_size
+from . import forms
+from .operation import Result, operation
 
 if TYPE_CHECKING:
-    from ..calibration.sources import CalibrationBlock
+    from ..merging import MergeResult
 
 
-@examples(
+@dataclass(frozen=True, repr=False)
+class MergedModel(Result):
+    """A merged model.
+
+    Attributes:
+        out: its folder.
+        merge: method, parameters and record.
+    """
+
+    out: Path
+    merge: "MergeResult"
+
+    @property
+    def _size(self) -> str:
+        return f"{human_size(self.merge.bytes)} in {self.merge.tensors} tensors"
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.merge.to_dict()
+
+    def print_to(self, console: Console) -> None:
+        from .summary import columns
+
+        lines = [
+            ("method", self.merge.method),
+            *((f"  {name}", str(value)) for name, value in self.merge.parameters.items()),
+            *(("expert", name) for name in self.merge.record["experts"]),
+            ("merged", f"{self.out.name}: {self._size}"),
+        ]
+        console.print(columns(lines))
+
+    def show(self, reporter: Reporter) -> None:
+        reporter.step("merged", f"{self.out}: {self._size}")
+
+    def __repr__(self) -> str:
+        return f"<MergedModel {self.out.name}: {self.merge.method}>"
+
+
+@operation(
     (
         "the plain mean, of folders or of models of the hub",
         "epmq-gptq merge --method average --expert math=./math-expert \\\n"
@@ -32,93 +72,95 @@ if TYPE_CHECKING:
     ),
 )
 def merge(
-    method: Annotated[
-        str,
-        typer.Option(
-            help="Merge method; `epmq-gptq methods` lists them.", autocompletion=merge_methods
-        ),
+    method: Annotated[str, forms.METHOD],
+    *,
+    experts: Annotated[
+        Mapping[str, str | Path],
+        typer.Option("--expert", help="The experts, each a folder or org/model@revision."),
+        forms.PAIRS,
     ],
-    expert: Annotated[
-        list[str], typer.Option(help="name=folder or name=org/model@revision; once per expert.")
-    ],
-    out: Out,
+    out: Annotated[str | Path, typer.Option("--out", help="Folder of the new model."), forms.PATH],
     base: Annotated[
-        str | None, typer.Option(help="Folder or hub id the experts were fine-tuned from.")
+        str | Path | None,
+        typer.Option(help="Folder or hub id the experts were fine-tuned from."),
+        forms.SOURCE,
     ] = None,
-    param: Annotated[
-        list[str] | None, typer.Option(help="key=value, an option of the method; repeatable.")
+    parameters: Annotated[
+        Mapping[str, Any] | None,
+        typer.Option("--param", help="Options of the method."),
+        forms.VALUES,
     ] = None,
     calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Of a method that needs calibration: name=SPEC per expert, SPEC being a file or "
-            "what a recipe has there ('{dataset: org/x, samples: 256}'); or one YAML file with all "
-            "of a recipe's block, or that block itself."
-        ),
+        Any,
+        typer.Option(help="Of a method that needs calibration: rows of each expert."),
+        forms.CALIBRATION,
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Calibration rows per forward pass.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the drawing of calibration rows.")] = 0,
     device: Annotated[
         str,
-        typer.Option(help="Where the arithmetic runs: cpu or cuda.", autocompletion=devices),
+        typer.Option(
+            help="Where the arithmetic runs: cpu or cuda.",
+            autocompletion=forms.one_of("cpu", "cuda"),
+        ),
     ] = "cpu",
-    overwrite: Overwrite = False,
-    json_report: Json = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Merge experts of one base into a new model."""
-    with running(json_report, quiet, verbose) as run:
-        out = place(out)
-        experts = pairs(expert, "--expert")
-        parameters = values(param or [], "--param")
-        with run.reporter.quiet_host():
-            from .pipeline import check_free, merge_with_progress
+    overwrite: Annotated[bool, forms.OVERWRITE] = False,
+    reporter: Reporter,
+) -> MergedModel:
+    """Merge experts of one base into a new model.
 
-            check_free(out, overwrite=overwrite)
-            rows = calibration_block(calibration, list(experts))
-            result = merge_with_progress(
-                run.reporter,
-                method,
-                base=base,
-                experts=experts,
-                out=out,
-                parameters=parameters,
-                overwrite=overwrite,
-                device=device,
-                calibration=rows,
-                batch_size=batch_size,
-                seed=seed,
-            )
-        from ..io.console import human_size
+    Raises:
+        EPMQInputError: a method, option or model cannot be used as asked.
+    """
+    from .run_paths import check_free
+    from .run_recipe import merge_with_progress
 
-        size = human_size(result.bytes)
-        run.reporter.step("merged", f"{out}: {size} in {result.tensors} tensors")
-        run.write(result.to_dict())
+    check_free(out, overwrite=overwrite)
+    result = merge_with_progress(
+        reporter,
+        method,
+        base=base,
+        experts=experts,
+        out=out,
+        parameters=parameters or {},
+        overwrite=overwrite,
+        device=device,
+        calibration=_checked(calibration, list(experts)),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    return MergedModel(out, result)
 
 
-def calibration_block(calibration: list[str] | None, experts: list[str]) -> CalibrationBlock | None:
-    """What ``--calibration`` says, in the form that a recipe holds."""
-    from ..calibration.arguments import parse_calibration
+def _checked(calibration: Any, experts: list[str]) -> Any:
+    """The calibration in the form that a recipe holds; batches that are made already stay so."""
+    from ..calibration.arguments import check_experts_of
     from ..calibration.sources import recipe_calibration
 
-    if not calibration:
-        return None
-    return recipe_calibration(parse_calibration(calibration, experts), experts)
+    if not isinstance(calibration, Mapping):
+        return calibration
+    check_experts_of(calibration, experts)
+    return recipe_calibration(calibration, experts)
 
 
-@examples(
+class MergeMethods(Result, dict):
+    """Name → what :func:`epmq_gptq.merging.merge_methods` says of a method."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"methods": dict(self)}
+
+    def print_to(self, console: Console) -> None:
+        from .summary import methods_table
+
+        console.print(methods_table(self))
+
+
+@operation(
     ("all of them, with their papers and parameters", "epmq-gptq methods"),
     ("their names alone", "epmq-gptq methods --json - | jq '.methods | keys'"),
 )
-def methods(json_report: Json = None, quiet: Quiet = False, verbose: Verbose = False) -> None:
+def methods(*, reporter: Reporter) -> MergeMethods:
     """List the merge methods, their papers and their parameters."""
-    with running(json_report, quiet, verbose) as run:
-        with run.reporter.quiet_host():
-            from ..merging import merge_methods
+    from ..merging import merge_methods
 
-            known = merge_methods()
-        from .summary import methods_table
-
-        run.show(methods_table(known))
-        run.write({"methods": known})
+    return MergeMethods(merge_methods())

@@ -1,31 +1,87 @@
-"""``epmq-gptq push``."""
+"""``push``: a checkpoint to a hub."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .common import Json, Quiet, Run, Verbose, examples, place, running
+from ..io.console import Reporter, human_size
+from . import forms
+from .operation import Result, operation
 
 if TYPE_CHECKING:
     from ..publish.push import Pushed
 
 
-@examples(
+@dataclass(frozen=True, repr=False)
+class PushResult(Result):
+    """What was uploaded.
+
+    Attributes:
+        pushed: where to, files and sizes.
+    """
+
+    pushed: "Pushed"
+
+    @property
+    def url(self) -> str | None:
+        """Of the commit or the pull request; None for a dry run."""
+        return self.pushed.url
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.pushed.to_dict()
+
+    def print_to(self, console: Console) -> None:
+        table = Table()
+        table.add_column("file", overflow="fold")
+        table.add_column("size", justify="right", no_wrap=True)
+        for name, size in self.pushed.files.items():
+            table.add_row(Text(name), human_size(size))
+        table.add_section()
+        total = human_size(self.pushed.bytes)
+        table.add_row(f"{len(self.pushed.files)} files", total, style="bold")
+        console.print(table)
+
+    def show(self, reporter: Reporter) -> None:
+        done = self.pushed
+        if done.url is None:
+            self.print_to(reporter.result)
+        if done.left:
+            reporter.step("stays here", ", ".join(done.left))
+        for what in done.created:
+            name = done.revision if what == "branch" else done.repo_id
+            reporter.step("created", f"{what} {name}")
+        if done.removed:
+            reporter.step("removed", f"weights of an earlier model: {', '.join(done.removed)}")
+        total = f"{human_size(done.bytes)} in {len(done.files)} files"
+        if done.url is None:
+            reporter.step("would push", f"{done.repo_id}@{done.revision}: {total}")
+        elif done.unchanged:
+            reporter.step("unchanged", f"{done.url} has all of it: {total}")
+        else:
+            reporter.step("pushed", f"{done.url}: {total}")
+
+    def __repr__(self) -> str:
+        return f"<PushResult {self.pushed}>"
+
+
+@operation(
     ("what would be sent, and whether it is fit", "epmq-gptq push merged-4bit me/m --dry-run"),
     ("a private repository", "epmq-gptq push merged-4bit me/merged-4bit --private"),
     ("propose it to others", "epmq-gptq push merged-4bit org/merged-4bit --create-pr"),
+    interrupted="nothing of it shows in the repository. The same command goes on from here.",
 )
 def push(
-    folder: Annotated[Path, typer.Argument(help="Of a GPTQ checkpoint.")],
+    folder: Annotated[str | Path, typer.Argument(help="Of a GPTQ checkpoint."), forms.PATH],
     repo_id: Annotated[str, typer.Argument(help="org/name on the hub; made if it is not there.")],
+    *,
     private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private.")
-    ] = False,
+        bool | None, typer.Option("--private", help="Make the repository private.")
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, made if it is not there, or refs/pr/N.")
     ] = None,
@@ -36,71 +92,40 @@ def push(
         bool, typer.Option("--with-report", help="Also the report of the run and the evaluation.")
     ] = False,
     with_code: Annotated[
-        bool,
-        typer.Option("--with-code", help="Also the code that the model brings (auto_map)."),
+        bool, typer.Option("--with-code", help="Also the code that the model brings (auto_map).")
     ] = False,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    commit_message: Annotated[str | None, typer.Option("--message", help="Of the commit.")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="In place of the one that is stored on this machine."),
+        forms.ONLY_PYTHON,
+    ] = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Check, list files and sizes, and send nothing."),
+        bool, typer.Option("--dry-run", help="Check, list files and sizes, and send nothing.")
     ] = False,
-    json_report: Json = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+    reporter: Reporter,
+) -> PushResult:
     """Upload a checkpoint to a hub: only what it needs, checked first, shown by one commit.
 
-    A push that broke off is simply started again: what the hub has is not sent twice."""
-    interrupted = "nothing of it shows in the repository. The same command goes on from here."
-    with running(json_report, quiet, verbose, interrupted=interrupted) as run:
-        with run.reporter.quiet_host():
-            from ..publish.push import push as push_folder
+    A push that broke off is simply started again: what the hub has is not sent twice.
 
-            done = push_folder(
-                place(folder),
-                repo_id,
-                private=private or None,
-                revision=revision,
-                create_pr=create_pr,
-                with_report=with_report,
-                with_code=with_code,
-                commit_message=message,
-                dry_run=dry_run,
-                reporter=run.reporter,
-            )
-        _print(run, done)
-        run.write(done.to_dict())
+    Raises:
+        EPMQInputError: the checkpoint, the token or the repository cannot be used.
+        EPMQError: the upload broke off; the same call goes on where it was.
+    """
+    from ..publish.push import push as push_folder
 
-
-def _print(run: Run, done: Pushed) -> None:
-    from ..io.console import human_size
-
-    reporter = run.reporter
-    if done.url is None:
-        run.show(_files(done))
-    if done.left:
-        reporter.step("stays here", ", ".join(done.left))
-    for what in done.created:
-        reporter.step("created", f"{what} {done.revision if what == 'branch' else done.repo_id}")
-    if done.removed:
-        reporter.step("removed", f"weights of an earlier model: {', '.join(done.removed)}")
-    total = f"{human_size(done.bytes)} in {len(done.files)} files"
-    if done.url is None:
-        reporter.step("would push", f"{done.repo_id}@{done.revision}: {total}")
-    elif done.unchanged:
-        reporter.step("unchanged", f"{done.url} has all of it: {total}")
-    else:
-        reporter.step("pushed", f"{done.url}: {total}")
-
-
-def _files(done: Pushed) -> Table:
-    from ..io.console import human_size
-
-    table = Table()
-    table.add_column("file", overflow="fold")
-    table.add_column("size", justify="right", no_wrap=True)
-    for name, size in done.files.items():
-        table.add_row(Text(name), human_size(size))
-    table.add_section()
-    table.add_row(f"{len(done.files)} files", human_size(done.bytes), style="bold")
-    return table
+    done = push_folder(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        with_report=with_report,
+        with_code=with_code,
+        commit_message=commit_message,
+        token=token,
+        dry_run=dry_run,
+        reporter=reporter,
+    )
+    return PushResult(done)

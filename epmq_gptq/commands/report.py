@@ -1,88 +1,131 @@
-"""``epmq-gptq report``."""
+"""``report``: what a run did to each expert."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ..errors import EPMQInputError
-from ..report import PAGE_NAME
-from .common import Json, Quiet, Verbose, examples, place, running
+from ..io.console import Reporter
+from . import forms
+from .operation import Result, Run, operation
 
 
-@examples(
+@dataclass(frozen=True, repr=False)
+class ReportResult(Result):
+    """What a run did to each expert.
+
+    Attributes:
+        figures: see :func:`epmq_gptq.publish.page.report_figures`.
+        out: file of the page, None where none was written.
+    """
+
+    figures: dict[str, Any]
+    out: Path | None = None
+
+    @property
+    def page(self) -> str:
+        """The page: one HTML document that needs no network."""
+        from ..publish.page.render import page_of
+
+        return page_of(self.figures)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.figures)
+
+    def print_to(self, console: Console) -> None:
+        from ..publish.page.table import expert_table
+
+        console.print(expert_table(self.figures))
+
+    def show(self, reporter: Reporter) -> None:
+        self.print_to(reporter.result)
+        if self.out is not None:
+            reporter.step("page", str(self.out))
+
+    def __repr__(self) -> str:
+        run = self.figures["run"]
+        return f"<ReportResult {run['checkpoint']}: {len(self.figures['experts'])} experts>"
+
+
+def _of_a_shell(values: dict[str, Any], run: Run) -> None:
+    """A shell wants a page unless it asks for JSON, and not even an error goes over an input."""
+    from ..publish.page.sources import check_no_input, is_input
+    from ..run_report import PAGE_NAME
+
+    inputs = [values[name] for name in ("folder", "baseline", "evaluation") if values[name]]
+    if run.file is not None and is_input(run.file, inputs):
+        file = run.file
+        run.keep()
+        check_no_input(file, "--json", inputs)
+    if values["out"] is None and run.file is None:
+        values["out"] = values["folder"] / PAGE_NAME
+
+
+@operation(
     ("a page in the checkpoint's folder", "epmq-gptq report merged-4bit"),
     (
         "beside plain GPTQ of the same merge",
         "epmq-gptq report merged-4bit --baseline plain-4bit --out report.html",
     ),
     ("the figures alone", "epmq-gptq report merged-4bit --json - | jq .experts"),
+    interrupted="no report was written.",
+    completed=_of_a_shell,
 )
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The quantized checkpoint.")],
+    folder: Annotated[
+        str | Path, typer.Argument(metavar="DIR", help="The quantized checkpoint."), forms.PATH
+    ],
+    *,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            help=f"File of the page, .html. Default {PAGE_NAME} in DIR; with --json none.",
-        ),
+        str | Path | None,
+        typer.Option("--out", help="File of the page, .html."),
+        forms.PAGE,
     ] = None,
     baseline: Annotated[
-        Path | None,
+        str | Path | None,
         typer.Option(help="Checkpoint of the same merge under plain GPTQ (profile: gptq)."),
+        forms.PATH,
     ] = None,
     evaluation: Annotated[
-        Path | None,
+        str | Path | None,
         typer.Option(
             help="File of `epmq-gptq retention`. Default epmq_evaluation.json of DIR, if there."
         ),
+        forms.PATH,
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
-    json_report: Json = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Show what a run did to each expert, module by module: one HTML file that needs no network."""
-    from ..publish.page.sources import Sources, check_no_input, check_page, is_input
+    reporter: Reporter,
+) -> ReportResult:
+    """Show what a run did to each expert, module by module: one HTML file that needs no network.
 
-    inputs = [one for one in (folder, baseline, evaluation) if one is not None]
-    # Not even an error may be written over what is read.
-    clash = json_report is not None and is_input(json_report, inputs)
-    file = None if clash else json_report
-    with running(file, quiet, verbose, interrupted="no report was written.") as run:
-        if clash:
-            check_no_input(json_report, "--json", inputs)
-        folder, baseline, evaluation = (
-            None if one is None else place(one) for one in (folder, baseline, evaluation)
+    Raises:
+        EPMQInputError: there is no report, what was given belongs to another model, or a file of
+            that name is there.
+    """
+    from ..publish.page.sources import Sources, check_page
+
+    if out is None and open_page:
+        raise EPMQInputError(
+            "`--open` needs a page, and with `--json` alone none is made.",
+            code="EPMQ-O03",
+            subject="`--open`",
+            remedy="Say with `--out` where the page goes.",
         )
-        page = None if out is None else place(out)
-        if page is None and json_report is None:
-            page = folder / PAGE_NAME
-        if page is None and open_page:
-            raise EPMQInputError(
-                "`--open` needs a page, and with `--json` alone none is made.",
-                code="EPMQ-O03",
-                subject="`--open`",
-                remedy="Say with `--out` where the page goes.",
-            )
-        sources = Sources.read(folder, baseline, evaluation)
-        if page is not None:
-            check_page(page, inputs, overwrite)
-        figures = sources.figures()
-        for note in sources.notes():
-            run.reporter.note(note)
-        from ..publish.page.table import expert_table
+    sources = Sources.read(folder, baseline, evaluation)
+    if out is not None:
+        inputs = [each for each in (folder, baseline, evaluation) if each is not None]
+        check_page(out, inputs, overwrite)
+    result = ReportResult(sources.figures(), out)
+    for note in sources.notes():
+        reporter.note(note)
+    if out is not None:
+        from ..io.output import write_whole
 
-        run.show(expert_table(figures))
-        if page is not None:
-            from ..io.output import write_whole
-            from ..publish.page.render import page_of
-
-            write_whole(page, page_of(figures))
-            run.reporter.step("page", str(page))
-        run.write(figures)
+        write_whole(out, result.page)
         if open_page:
-            typer.launch(page.resolve().as_uri())
+            typer.launch(out.resolve().as_uri())
+    return result

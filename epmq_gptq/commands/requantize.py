@@ -1,29 +1,53 @@
-"""``epmq-gptq requantize``."""
+"""``requantize``: a merge anew, from statistics that a run kept."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
-from .common import (
-    Device,
-    Full,
-    Json,
-    Overwrite,
-    Quiet,
-    Verbose,
-    examples,
-    place,
-    print_checkpoint,
-    running,
-    values,
-)
-from .completion import dtypes, settings
+from ..io.console import Reporter
+from . import forms
+from .operation import Result, operation
+from .quantize import say_checkpoint
+
+if TYPE_CHECKING:
+    from ..run_report import QuantizationReport
 
 
-@examples(
+@dataclass(frozen=True, repr=False)
+class RequantizeResult(Result):
+    """A checkpoint that was made from recorded statistics.
+
+    Attributes:
+        out: its folder.
+        report: module by module.
+        full: whether the table has a line for every layer, however many.
+    """
+
+    out: Path
+    report: "QuantizationReport"
+    full: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"checkpoint": self.out.name, "report": self.report.to_dict()}
+
+    def print_to(self, console: Console) -> None:
+        from .summary import print_summary
+
+        print_summary(console, self.report, {}, full=self.full)
+
+    def show(self, reporter: Reporter) -> None:
+        self.print_to(reporter.out)
+        say_checkpoint(reporter, self.out)
+
+    def __repr__(self) -> str:
+        return f"<RequantizeResult {self.out.name}: {len(self.report.modules)} modules>"
+
+
+@operation(
     (
         "8 bits in place of 4",
         "epmq-gptq requantize --from-statistics merged-4bit --merged ./merged \\\n"
@@ -37,65 +61,65 @@ from .completion import dtypes, settings
 )
 def requantize(
     statistics: Annotated[
-        Path,
+        str | Path,
         typer.Option(
             "--from-statistics",
             help="What `save_statistics: true` kept: its folder, or the checkpoint.",
         ),
+        forms.PATH,
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
+    *,
+    out: Annotated[str | Path, forms.OUT, forms.PATH],
     merged: Annotated[
-        str | None,
+        str | Path | None,
         typer.Option(
             help="The merged model: folder or hub id; may be left out where the statistics are of "
             "one on the hub."
         ),
+        forms.SOURCE,
     ] = None,
     leave_out: Annotated[
-        list[str] | None, typer.Option(help="An expert that shall not count; repeatable.")
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
+        Sequence[str], typer.Option(help="Experts that shall not count."), forms.NAMES
+    ] = (),
+    settings: Annotated[
+        Mapping[str, Any] | None,
         typer.Option(
             "--set",
-            help="key=value in place of what was recorded: alpha, alpha_pattern, bits, group_size, "
-            "expert_weights, weighting, dynamic, …; repeatable.",
-            autocompletion=settings,
+            help="In place of what was recorded: alpha, alpha_pattern, bits, group_size, "
+            "expert_weights, weighting, dynamic, …",
+            autocompletion=forms.settings,
         ),
+        forms.VALUES,
     ] = None,
-    overwrite: Overwrite = False,
-    device: Device = None,
+    overwrite: Annotated[bool, forms.OVERWRITE] = False,
+    device: Annotated[str | None, forms.DEVICE] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="That weights are computed in; default: as recorded.", autocompletion=dtypes
-        ),
+        typer.Option(help="That weights are computed in; default: as recorded."),
+        forms.DTYPE,
     ] = None,
-    full: Full = False,
-    json_report: Json = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+    full: Annotated[bool, forms.FULL] = False,
+    reporter: Reporter,
+) -> RequantizeResult:
     """Quantize a merge anew from statistics that a run kept: no rows, no forward pass.
 
-    With other bits, alphas or weights, or without one of the experts."""
-    with running(json_report, quiet, verbose) as run:
-        from ..host.recorded.run import requantize_folder
-        from .summary import print_summary
+    With other bits, alphas or weights, or without one of the experts.
 
-        out = place(out)
-        with run.reporter.quiet_host():
-            report = requantize_folder(
-                place(statistics),
-                out,
-                run.reporter,
-                merged=merged,
-                leave_out=leave_out or [],
-                settings=values(setting or [], "--set"),
-                device=device,
-                dtype=dtype,
-                overwrite=overwrite,
-            )
-        print_summary(run.reporter.out, report, {}, full=full)
-        print_checkpoint(run.reporter, out)
-        run.write({"checkpoint": out.name, "report": report.to_dict()})
+    Raises:
+        EPMQInputError: an option cannot be changed, or merge and statistics do not belong together.
+        EPMQNumericalError: numbers that cannot be trusted; nothing was written.
+    """
+    from ..host.recorded.run import requantize_folder
+
+    report = requantize_folder(
+        statistics,
+        out,
+        reporter,
+        merged=merged,
+        leave_out=leave_out,
+        settings=settings,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    return RequantizeResult(out, report, full)

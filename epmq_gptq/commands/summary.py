@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..calibration.encoded import RowCounts
 from ..io.console import human_size
-from ..report import ModuleReport, QuantizationReport
+from ..run_report import ModuleReport, QuantizationReport
 
 # With more layers than this one line stands for all layers of a kind, unless `--full` is given.
 MAX_LINES = 40

@@ -45,7 +45,12 @@ def load_merged(merged: Path, config, dtype: str | None, device: str):
     Raises:
         EPMQInputError: the host refuses the model or an option.
     """
-    from gptqmodel import GPTQModel  # seconds: whoever only chooses a device does without
+    # Seconds: whoever only chooses a device does without. Ours first: the door settles how many
+    # workers GPTQModel may start.
+    from .door import install
+
+    install()
+    from gptqmodel import GPTQModel
 
     if dtype is None and device == "cpu":
         # The host would take bfloat16, 15 to 75 times slower on CPUs without AVX512-BF16.

@@ -31,13 +31,12 @@ from ..errors import EPMQError, EPMQInputError, EPMQWarning
 from ..experts.experts import Experts
 from ..experts.linears import Linear
 from ..io.checkpoints import Checkpoint, hashing_meanwhile
-from ..io.interrupts import ctrl_c_outside_of_locks
 from ..io.output import check_space, ran_full
 from ..io.phases import PHASES, Phases, peak_memory
 from ..kernels.rounding import triton_rounds
 from ..method.chunks import given_up
 from ..method.weighting import Weighting
-from ..report import QuantizationReport
+from ..run_report import QuantizationReport
 from .failures import disk_error
 from .model_linears import check_architecture, check_head, quantizable_linears
 from .preparing import planned, recording_of, settle_alpha, trajectories_of
@@ -60,7 +59,7 @@ def _in_turn(function):
     @functools.wraps(function)
     def alone(*arguments, **options):
         # The host draws random numbers, to no effect; whoever calls us may want them.
-        with _ONE_RUN, torch.random.fork_rng(devices=[]), ctrl_c_outside_of_locks():
+        with _ONE_RUN, torch.random.fork_rng(devices=[]):
             return function(*arguments, **options)
 
     return alone

@@ -39,7 +39,7 @@ from ..method.expert_error import LayerWatch, RowSample, sampled_rows
 from ..method.nonfinite import Origin, Peaks, first_bad
 from ..method.statistics import GroupStatistics, TargetForm
 from ..method.weighting import Weighting
-from ..report import ModuleReport
+from ..run_report import ModuleReport
 from .failures import disk_error, within
 from .recorded.recording import Recording, Watched
 from .solver import TargetSolver, WatchOf, check_merged

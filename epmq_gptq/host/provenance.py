@@ -18,7 +18,7 @@ from ..io.checkpoints import Checkpoint, Source, describe_source
 from ..io.folders import read_json
 from ..merging import RECORD_NAME as MERGE_RECORD
 from ..merging.lineage import read_lineage
-from ..report import QuantizationReport
+from ..run_report import QuantizationReport
 
 SCHEMA = 1
 

@@ -20,7 +20,7 @@ from ..io.checkpoints import Checkpoint
 from ..io.folders import INDEX_NAME, read_json
 from ..io.output import check_output, check_space, new_folder
 from ..publish.card import write_card
-from ..report import ModuleReport
+from ..run_report import ModuleReport
 from .recorded.bundle import FOLDER_NAME, Bundle
 
 # Rows of the rounded weight are compared up to the half precision that scales are stored in

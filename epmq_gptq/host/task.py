@@ -22,7 +22,7 @@ from ..kernels.factor import inverse_factor
 from ..method.expert_error import Watch
 from ..method.statistics import Moments
 from ..method.target import gain
-from ..report import ModuleReport
+from ..run_report import ModuleReport
 
 
 class BiasAim(NamedTuple):

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 
-from ..errors import EPMQError, EPMQWarning
-from ..exit_codes import ExitCode, Terminated
-from .interrupts import InterruptedBy
+from ..errors import EPMQError, EPMQWarning, ExitCode, Terminated
+from .interrupts import handled
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -99,6 +98,7 @@ class Reporter:
         verbose: let the host speak, and show tracebacks.
         quiet: say nothing of the course of the run; warnings, errors and results stay.
         piped: stdout is for a machine, which gets the result; the course of the run goes to stderr.
+        asks: on a terminal, a person may be asked for what is missing.
 
     Attributes:
         out: the course of the run.
@@ -107,7 +107,14 @@ class Reporter:
         stdout: the stream itself, for what is no text for people.
     """
 
-    def __init__(self, *, verbose: bool = False, quiet: bool = False, piped: bool = False):
+    def __init__(
+        self,
+        *,
+        verbose: bool = False,
+        quiet: bool = False,
+        piped: bool = False,
+        asks: bool = False,
+    ):
         self.verbose, self.quiet, self.piped = verbose, quiet, piped
         self.stdout: TextIO = sys.stdout
         people = sys.stderr if piped else sys.stdout
@@ -115,6 +122,7 @@ class Reporter:
         self.result = _console(people, quiet=piped)
         self.err = _console(sys.stderr)
         self.host = HostOutput()
+        self.asks = asks and sys.stdin is not None and sys.stdin.isatty() and self.err.is_terminal
         self._interrupted: KeyboardInterrupt | None = None
 
     def step(self, name: str, text: str) -> None:
@@ -140,6 +148,18 @@ class Reporter:
         kind = KeyboardInterrupt if number == signal.SIGINT else Terminated
         self._interrupted = kind()
         raise self._interrupted
+
+    def ask(self, question: str) -> str:
+        """A line that a person types; only where ``asks``.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, or the end of the input.
+        """
+        self.err.print(f"{question}: ", end="", markup=False, highlight=False, soft_wrap=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise KeyboardInterrupt
+        return line.rstrip("\n")
 
     def error(self, message: str, code: str = "") -> None:
         """One line on stderr, whatever the message holds; ends with the code, if there is one."""
@@ -200,10 +220,10 @@ class Reporter:
             interrupted: what an interrupt leaves behind.
 
         Raises:
-            SystemExit: with one of :class:`~epmq_gptq.exit_codes.ExitCode`.
+            SystemExit: with one of :class:`~epmq_gptq.errors.ExitCode`.
         """
         try:
-            with InterruptedBy(self._remember, signal.SIGINT, signal.SIGTERM), self._own_warnings():
+            with handled(self._remember, signal.SIGINT, signal.SIGTERM), self._own_warnings():
                 yield
         except BrokenPipeError as error:
             silence(self.stdout)

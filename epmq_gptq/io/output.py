@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ..errors import EPMQError, EPMQInputError, EPMQWarning
 from .folders import cache_repository, reason_of
-from .interrupts import InterruptedBy, end
+from .interrupts import handled, terminated
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -418,12 +418,12 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def _stopped_by_sigterm() -> InterruptedBy:
+def _stopped_by_sigterm() -> contextlib.AbstractContextManager[None]:
     """Within, SIGTERM ends the process by an exception, so that it clears up behind itself.
 
     Where somebody handles the signal already, it is left to them.
     """
-    return InterruptedBy(end, signal.SIGTERM, instead_of=signal.SIG_DFL)
+    return handled(terminated, signal.SIGTERM, instead_of=signal.SIG_DFL)
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..report import AimError, ExpertError
+from ..run_report import AimError, ExpertError
 from .deltas import WeightDelta
 from .staging import Rows
 

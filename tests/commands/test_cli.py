@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQError, EPMQNumericalError, __version__, cli
-from epmq_gptq.commands import pipeline
+from epmq_gptq.commands import run_recipe
 from epmq_gptq.host import loading
 
 ROOT = Path(__file__).parents[2]
@@ -329,7 +329,7 @@ def test_exit_codes(recipe, tmp_path, monkeypatch, error, code, text):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(pipeline, "quantize_recipe", fail)
+    monkeypatch.setattr(run_recipe, "run", fail)
     result = run("quantize", recipe(), "--out", tmp_path / "out")
     assert result.exit_code == code
     assert result.stderr.startswith(text)
@@ -617,7 +617,6 @@ def test_options_go_with_what_they_are_for(recipe, merge_folder, tmp_path):
         ("--calibration", "math=a.txt"),
         ("--expert", "a=b"),
         ("--base", "b"),
-        ("--set", "bits=4"),
         ("--dtype", "auto"),
         ("--seed", 0),
     ]:

@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from epmq_gptq.commands import completion
+import epmq_gptq
+from epmq_gptq.commands import forms
+from epmq_gptq.commands.explain import _completed
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,10 +97,10 @@ def test_names_are_offered(words, offered):
 
 
 def test_values_of_a_setting_are_offered():
-    assert completion.settings("profile=") == ["profile=best", "profile=paper", "profile=gptq"]
-    assert completion.settings("weighting=t") == ["weighting=token", "weighting=trace"]
-    assert completion.settings("nothing=") == []
-    assert completion.codes("f3")[0] == "EPMQ-F30" and completion.codes("zz") == []
+    assert forms.settings("profile=") == ["profile=best", "profile=paper", "profile=gptq"]
+    assert forms.settings("weighting=t") == ["weighting=token", "weighting=trace"]
+    assert forms.settings("nothing=") == []
+    assert _completed("f3")[0] == "EPMQ-F30" and _completed("zz") == []
 
 
 def test_completion_is_quick_and_light():
@@ -119,19 +122,23 @@ def test_completion_is_quick_and_light():
     assert done.stdout == "[]\n"
 
 
+def offered(name: str, operation) -> tuple[str, ...]:
+    """What the shell's type of an option allows."""
+    return get_args(operation.parameters[name].form.shell)
+
+
 def test_the_names_are_those_of_the_registries():
     from epmq_gptq.checks.check import VERIFY
     from epmq_gptq.config import PROFILES, EPMQConfig
-    from epmq_gptq.host.loading import DEVICES
     from epmq_gptq.merging import merge_methods
     from epmq_gptq.method.target import ANCHORS
     from epmq_gptq.method.weighting import WEIGHTINGS
     from epmq_gptq.recipe import DTYPES
 
-    assert tuple(merge_methods()) == completion.MERGE_METHODS
-    assert DEVICES == completion.DEVICES and DTYPES == completion.DTYPES
-    assert tuple(VERIFY) == completion.VERIFY
-    assert set(completion.SETTINGS) <= {each.name for each in dataclasses.fields(EPMQConfig)}
-    assert completion.SETTINGS["profile"] == tuple(PROFILES)
-    assert completion.SETTINGS["anchor"] == ANCHORS
-    assert completion.SETTINGS["weighting"] == WEIGHTINGS
+    assert tuple(merge_methods()) == forms.MERGE_METHODS
+    assert offered("dtype", epmq_gptq.quantize) == DTYPES
+    assert offered("verify", epmq_gptq.inspect) == tuple(VERIFY)
+    assert set(forms.SETTINGS) <= {each.name for each in dataclasses.fields(EPMQConfig)}
+    assert forms.SETTINGS["profile"] == tuple(PROFILES)
+    assert forms.SETTINGS["anchor"] == ANCHORS
+    assert forms.SETTINGS["weighting"] == WEIGHTINGS

@@ -1,4 +1,4 @@
-"""Every code is explained, and the examples are what the program says today."""
+"""Every code has a section in docs/troubleshooting.md, and its example is what is said today."""
 
 import ast
 import json
@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import epmq_gptq
 from epmq_gptq import EPMQInputError, cli
-from epmq_gptq.commands.explanations import KINDS, as_dict, explained_codes, explanation
+from epmq_gptq.commands.explain import page, sections
 from epmq_gptq.errors import CODES
 
 PACKAGE = Path(epmq_gptq.__file__).parent
@@ -20,27 +20,35 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, ["explain", *arguments])
 
 
-def test_every_code_is_explained_and_no_other():
-    assert explained_codes() == list(CODES)
-    assert {code[5] for code in CODES} == set(KINDS)
+SECTIONS = sections()
+
+
+def test_every_code_has_a_section_and_every_section_a_code():
+    heads = re.findall(r"^### (.+)$", page().read_text(encoding="utf-8"), re.MULTILINE)
+    assert heads == list(SECTIONS), "a section is not of the form that `explain` reads"
+    assert set(heads) == set(CODES) and len(heads) == len(CODES)
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_an_entry_is_complete(code):
-    entry = explanation(code)
-    for part in (entry.cause, entry.remedy, *([entry.means] if entry.means else [])):
+def test_a_section_is_complete(code):
+    entry = SECTIONS[code]
+    for part in (entry["cause"], entry["remedy"], *([entry["means"]] if entry["means"] else [])):
         assert part[0].isupper() or part.startswith(("`", "epmq_gptq", "float16")), part
         assert part.endswith((".", ")")), part
-    assert code in entry.example or entry.example.startswith("epmq_gptq.errors.")
-    assert "\n" not in entry.example and "/tmp" not in entry.example
+    assert code in entry["example"] or entry["example"].startswith("epmq_gptq.errors.")
+    assert "/tmp" not in entry["example"]
+
+
+def test_a_title_is_that_of_the_table():
+    text = page().read_text(encoding="utf-8")
+    for code, title in CODES.items():
+        assert f"### {code}\n\n**{title[0].upper()}{title[1:]}.**" in text
 
 
 def fragments() -> list[str]:
     """What the package can say: the constant parts of all of its strings, the longest first."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
-        if file.name == "explanations.py":
-            continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.update(part for part in node.value.split("`") if len(part.strip()) >= 3)
@@ -67,7 +75,7 @@ FOREIGN = (
 @pytest.mark.parametrize("code", CODES)
 def test_an_example_is_worded_as_the_source_says_it(code, said):
     """What is left of it, when all that the source says is taken away, is names and numbers."""
-    text = explanation(code).example
+    text = SECTIONS[code]["example"]
     for foreign in FOREIGN:
         text = text.replace(foreign, "")
     text = re.sub(r"^(?:error|warning|note|epmq_gptq\.errors\.\w+):?\s+", "", text)
@@ -87,9 +95,9 @@ def test_an_example_is_worded_as_the_source_says_it(code, said):
 def test_a_code_in_any_spelling(spelled):
     result = run(spelled)
     assert result.exit_code == 0
-    entry = explanation("EPMQ-F30")
+    entry = SECTIONS["EPMQ-F30"]
     shown = " ".join(result.stdout.split())
-    for part in (CODES["EPMQ-F30"], entry.means, entry.cause, entry.remedy, entry.example):
+    for part in entry.values():
         assert part in shown
 
 
@@ -98,9 +106,9 @@ def test_all_codes_and_json():
     assert listed.exit_code == 0
     assert all(code in listed.stdout and CODES[code] in listed.stdout for code in CODES)
     said = json.loads(run("--json", "-").stdout)
-    assert [entry["code"] for entry in said["codes"]] == list(CODES)
+    assert [entry["code"] for entry in said["codes"]] == list(SECTIONS)
     one = json.loads(run("f30", "--json", "-").stdout)
-    assert as_dict("EPMQ-F30").items() <= one.items()
+    assert SECTIONS["EPMQ-F30"].items() <= one.items()
 
 
 def test_an_unknown_code_is_refused():
@@ -110,4 +118,4 @@ def test_an_unknown_code_is_refused():
         "error: `EPMQ-F03x` is no error code. Did you mean `EPMQ-F03`? [EPMQ-O02]\n"
     )
     with pytest.raises(EPMQInputError):
-        explanation("")
+        epmq_gptq.explain("")

@@ -7,7 +7,7 @@ from rich.console import Console
 from epmq_gptq.calibration.encoded import RowCounts
 from epmq_gptq.commands.summary import folder_size, print_summary
 from epmq_gptq.io.console import human_size
-from epmq_gptq.report import ModuleReport, QuantizationReport
+from epmq_gptq.run_report import ModuleReport, QuantizationReport
 
 
 def module(name, **changes):

@@ -15,7 +15,7 @@ from test_resume_faults import Job
 
 from epmq_gptq import EPMQDeviceError
 from epmq_gptq.method.chunks import forget_cached
-from epmq_gptq.report import QuantizationReport
+from epmq_gptq.run_report import QuantizationReport
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

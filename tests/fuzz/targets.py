@@ -17,7 +17,7 @@ from epmq_gptq.merging.lineage.read import read_lineage
 from epmq_gptq.publish.page.render import report_page
 from epmq_gptq.publish.page.retention import read_retention
 from epmq_gptq.recipe import Recipe
-from epmq_gptq.report import read_report
+from epmq_gptq.run_report import read_report
 
 CORPUS = Path(__file__).parent / "corpus"
 

@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 import epmq_gptq
 from epmq_gptq import EPMQError, EPMQHostError, EPMQInputError, EPMQNumericalError, EPMQStopped, cli
-from epmq_gptq.commands import pipeline
-from epmq_gptq.commands.common import examples_of
-from epmq_gptq.exit_codes import ExitCode, Terminated
+from epmq_gptq.commands import run_recipe
+from epmq_gptq.errors import ExitCode, Terminated
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {each.callback.__name__: each.callback for each in cli.app.registered_commands}
@@ -58,7 +57,7 @@ def recipe(tmp_path_factory):
 def test_every_command_has_the_shared_options_and_examples(name):
     options = inspect.signature(COMMANDS[name]).parameters
     assert {"json_report", "quiet", "verbose"} <= set(options)
-    shown = examples_of(COMMANDS[name])
+    shown = COMMANDS[name].examples
     assert 2 <= len(shown) <= 4
     for about, line in shown:
         assert about and line.startswith(f"epmq-gptq {name}")
@@ -79,7 +78,7 @@ def words(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "line", [line for function in COMMANDS.values() for _, line in examples_of(function)]
+    "line", [line for function in COMMANDS.values() for _, line in function.examples]
 )
 def test_examples_are_command_lines_that_are_understood(line, monkeypatch):
     """Every option of an example exists and has a value of its kind."""
@@ -198,7 +197,7 @@ def test_so_is_whatever_else_goes_wrong(recipe, tmp_path, monkeypatch, error, co
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(pipeline, "quantize_recipe", fail)
+    monkeypatch.setattr(run_recipe, "run", fail)
     monkeypatch.chdir(tmp_path)
     result = run("quantize", recipe, "--out", tmp_path / "out", "--json", place)
     assert result.exit_code == code

@@ -17,8 +17,8 @@ from epmq_gptq.errors import (
     EPMQInputError,
     EPMQNumericalError,
     EPMQWarning,
+    ExitCode,
 )
-from epmq_gptq.exit_codes import ExitCode
 from epmq_gptq.io.console import HostOutput, Reporter, StepProgress, TimeLeft, spoken
 
 PARTS = dict(code="EPMQ-S01", subject="it", remedy="Do.")

@@ -22,7 +22,7 @@ from ...merging import check_merge, merge, merge_methods
 from ...publish.card import write_card
 from ...publish.page import read_report, report_page
 from ...publish.page.retention import ExpertRetention, Retention, read_retention, write_retention
-from ...report import PAGE_NAME
+from ...run_report import PAGE_NAME
 from ..baselines import QuantizeSettings, quantize
 from ..loading import load_model
 from .domains import ANSWER_TOKENS, DOMAINS, PROMPTS

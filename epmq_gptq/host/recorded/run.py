@@ -12,7 +12,7 @@ from ...io.yaml_files import resolve_path
 
 if TYPE_CHECKING:
     from ...io.console import Reporter
-    from ...report import QuantizationReport
+    from ...run_report import QuantizationReport
 
 # What is said beside the options of EPMQConfig, in ways of its own.
 _NOT_SETTINGS = ("merged", "statistics", "device", "dtype", "progress", "leave_out")

@@ -8,7 +8,7 @@ import torch
 
 from ...method.statistics import Moments
 from ...method.target import gain
-from ...report import ExpertError
+from ...run_report import ExpertError
 from .sums import ExpertSums, RecordedStatistics
 
 

@@ -23,7 +23,7 @@ from gptqmodel.looper.extension import LoopBoundary
 
 from ...config import EPMQConfig
 from ...errors import EPMQError, EPMQInputError, EPMQStopped, EPMQWarning
-from ...io.interrupts import InterruptedBy
+from ...io.interrupts import handled
 from ...io.output import check_output, ran_full
 from ...io.phases import Phases
 from .attempts import Attempt, clear_dead
@@ -282,14 +282,15 @@ def resumable(
             before[1].cleanup()
 
 
-def stopping_when_told(extension: Resumable) -> InterruptedBy:
+@contextlib.contextmanager
+def stopping_when_told(extension: Resumable) -> Iterator[None]:
     """Within: SIGINT or SIGTERM finish the layer and commit it; a second one does what it always
     does.
     """
 
     def stop(*_: Any) -> None:
         extension.request_stop()
-        told.restore()
+        handlers.close()
         warnings.warn(
             EPMQWarning(
                 "stopping at the end of this layer, which is committed then; once more to stop "
@@ -299,8 +300,9 @@ def stopping_when_told(extension: Resumable) -> InterruptedBy:
             stacklevel=2,
         )
 
-    told = InterruptedBy(stop, signal.SIGINT, signal.SIGTERM)
-    return told
+    with contextlib.ExitStack() as handlers:
+        handlers.enter_context(handled(stop, signal.SIGINT, signal.SIGTERM))
+        yield
 
 
 @contextlib.contextmanager

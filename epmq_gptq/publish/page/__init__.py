@@ -8,7 +8,7 @@ Example::
     Path("report.html").write_text(report_page(report), encoding="utf-8")
 """
 
-from ...report import read_report
+from ...run_report import read_report
 from .figures import report_figures
 from .matching import check_baseline
 from .render import report_page

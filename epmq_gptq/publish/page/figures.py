@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ...report import AimError, ExpertError, ModuleReport, QuantizationReport
+from ...run_report import AimError, ExpertError, ModuleReport, QuantizationReport
 from .layers import kind_of, layer_labels, layer_of, layers_in_order
 from .matching import check_baseline, check_retention
 from .retention import STAGES, Retention

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...errors import EPMQInputError
-from ...report import QuantizationReport
+from ...run_report import QuantizationReport
 from .retention import Retention
 
 

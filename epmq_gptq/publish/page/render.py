@@ -19,7 +19,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from ...io.console import human_size
-from ...report import QuantizationReport
+from ...run_report import QuantizationReport
 from .charts import NAMES, cut, page_charts
 from .figures import report_figures
 from .retention import Retention

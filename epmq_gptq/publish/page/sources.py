@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EPMQInputError
-from ...report import REPORT_NAME, QuantizationReport, read_report
+from ...run_report import REPORT_NAME, QuantizationReport, read_report
 from .figures import report_figures
 from .retention import Retention, read_retention
 

@@ -11,7 +11,7 @@ from epmq_gptq.publish.page import read_report, report_figures
 from epmq_gptq.publish.page.figures import FIGURES, figures_of, mean_figures
 from epmq_gptq.publish.page.layers import kind_of
 from epmq_gptq.publish.page.retention import read_retention
-from epmq_gptq.report import AimError, ExpertError
+from epmq_gptq.run_report import AimError, ExpertError
 
 
 @pytest.fixture(params=["llama", "t5", "clip", "moe"])

@@ -10,7 +10,7 @@ import regret_samples as samples
 from epmq_gptq import EPMQInputError
 from epmq_gptq.publish.page import check_baseline, read_report
 from epmq_gptq.publish.page.retention import ExpertRetention, Retention
-from epmq_gptq.report import ModuleReport
+from epmq_gptq.run_report import ModuleReport
 
 
 @pytest.fixture

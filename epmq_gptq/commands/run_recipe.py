@@ -1,4 +1,4 @@
-"""From a recipe to a checkpoint: read rows, merge, load, quantize, save.
+"""Run a recipe: read rows, merge, load, quantize, save.
 
 What can be refused is refused in the order of what it costs to find out: options, places and rows
 first, the merge next, the model last.
@@ -21,11 +21,11 @@ from ..io.console import Reporter, StepProgress
 from ..io.yaml_files import resolve_path
 from ..merging.lineage.facts import plain, published
 from ..recipe import Recipe
-from .places import check_free, check_places, pinned
+from .run_paths import check_free, check_places, pinned
 
 if TYPE_CHECKING:
     from ..experts.linears import Linear
-    from ..report import QuantizationReport
+    from ..run_report import QuantizationReport
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class RunOptions:
         overwrite: replace what is there.
         device: "cpu", "cuda", "cuda:1"; None for a GPU where there is one.
         batch_size: instead of the recipe's.
-        exact_phases: wait for the GPU at both ends of a phase.
         resume: folder in which the run keeps what it needs to go on after a kill, and goes on from
             what is there.
     """
@@ -46,7 +45,6 @@ class RunOptions:
     overwrite: bool = False
     device: str | None = None
     batch_size: int | None = None
-    exact_phases: bool = False
     resume: Path | None = None
 
 
@@ -63,7 +61,7 @@ class RunResult:
     rows: dict[str, RowCounts]
 
 
-def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> RunResult:
+def run(recipe: Recipe, options: RunOptions, reporter: Reporter) -> RunResult:
     """Run a recipe.
 
     Raises:
@@ -82,44 +80,40 @@ def quantize_recipe(recipe: Recipe, options: RunOptions, reporter: Reporter) -> 
         )
     # It goes into a JSON file at the end of the run, which may be published.
     lineage = published(plain(recipe.lineage, "`lineage`"))
-    with reporter.quiet_host():
-        device = loading.choose_device(options.device)
-        check_method(recipe)
-        recipe = pinned(recipe, reporter)
-        resume = None if options.resume is None else options.resume.absolute()
-        check_places(recipe, out, options.overwrite, resume)
-        for source in recipe.row_sources:
-            if source.dataset is not None:
-                reporter.step("fetch", f"dataset {source.label}")
-        sets = read_calibration(
-            recipe.calibration,
-            list(recipe.experts),
-            data_free=recipe.data_free,
-            seed=recipe.seed,
-            folder=recipe.folder,
-            form=recipe_form(recipe),
-        )
-        reporter.step("rows", _described_rows(sets))
-        config = recipe.config()
-        with (
-            contextlib.closing(config),
-            _merged_folder(recipe, out, options, device, reporter) as merged,
-        ):
-            reporter.step("load", f"{merged.name} on {device}")
-            model = loading.load_merged(merged, config, recipe.dtype, device)
-            rows = _encoded(model, sets)
-            from ..io.phases import exact_phases
-
-            with exact_phases() if options.exact_phases else contextlib.nullcontext():
-                batch_size = options.batch_size or recipe.batch_size
-                report = _quantize(model, rows, batch_size, reporter, resume)
-            if lineage:
-                # What the merged folder says of itself comes first.
-                report.provenance.setdefault("merge", lineage)
-            reporter.step("save", str(options.out))
-            keeps = contextlib.closing(model.epmq_statistics) if config.save_statistics else None
-            with keeps or contextlib.nullcontext():
-                model.save(str(out), overwrite=options.overwrite)
+    device = loading.choose_device(options.device)
+    check_method(recipe)
+    recipe = pinned(recipe, reporter)
+    resume = None if options.resume is None else options.resume.absolute()
+    check_places(recipe, out, options.overwrite, resume)
+    for source in recipe.row_sources:
+        if source.dataset is not None:
+            reporter.step("fetch", f"dataset {source.label}")
+    sets = read_calibration(
+        recipe.calibration,
+        list(recipe.experts),
+        data_free=recipe.data_free,
+        seed=recipe.seed,
+        folder=recipe.folder,
+        form=recipe_form(recipe),
+    )
+    reporter.step("rows", _described_rows(sets))
+    config = recipe.config()
+    with (
+        contextlib.closing(config),
+        _merged_folder(recipe, out, options, device, reporter) as merged,
+    ):
+        reporter.step("load", f"{merged.name} on {device}")
+        model = loading.load_merged(merged, config, recipe.dtype, device)
+        rows = _encoded(model, sets)
+        batch_size = options.batch_size or recipe.batch_size
+        report = _quantize(model, rows, batch_size, reporter, resume)
+        if lineage:
+            # What the merged folder says of itself comes first.
+            report.provenance.setdefault("merge", lineage)
+        reporter.step("save", str(options.out))
+        keeps = contextlib.closing(model.epmq_statistics) if config.save_statistics else None
+        with keeps or contextlib.nullcontext():
+            model.save(str(out), overwrite=options.overwrite)
     return RunResult(report, rows.counts)
 
 
@@ -284,10 +278,9 @@ def _quantize(
     reporter: Reporter,
     resume: Path | None,
 ) -> QuantizationReport:
-    from gptqmodel import CheckpointConfig
-
     from ..experts.linears import name_in_layer
     from ..host.model_linears import quantizable_linears
+    from ..host.resume.session import CheckpointConfig
 
     checkpoint = None if resume is None else CheckpointConfig(resume)
     linears = list(quantizable_linears(model))

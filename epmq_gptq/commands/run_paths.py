@@ -1,4 +1,4 @@
-"""The models of a run and the place of its result, checked before anything slow."""
+"""The models of a run and the folder of its result, checked before anything slow."""
 
 from __future__ import annotations
 

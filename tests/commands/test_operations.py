@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import epmq_gptq
-from epmq_gptq import EPMQInputError, api, cli
+from epmq_gptq import EPMQInputError, cli
+from epmq_gptq.commands.explain import ExplainResult
 from epmq_gptq.errors import EPMQWarning
 
 SETTINGS = {"group_size": 32, "alpha": 0.1}
@@ -41,13 +42,13 @@ def command(*arguments):
 # ---- the names -----------------------------------------------------------------------------------
 
 
-def test_a_function_for_every_command_but_the_demo():
+OPERATIONS = {name: getattr(epmq_gptq, name) for name in epmq_gptq._OPERATIONS}
+
+
+def test_every_command_is_a_function():
     commands = {each.callback.__name__ for each in cli.app.registered_commands}
-    assert commands - {"demo"} <= set(epmq_gptq._COMMANDS)
-    for name in epmq_gptq._COMMANDS:
-        function = getattr(epmq_gptq, name)
-        assert function is getattr(api, name) and name in api.__all__ and name in dir(epmq_gptq)
-        assert f"epmq-gptq {name}" in function.__doc__
+    assert commands == set(OPERATIONS)
+    assert set(OPERATIONS) <= set(epmq_gptq.__all__) & set(dir(epmq_gptq))
 
 
 def test_no_submodule_takes_the_name_of_a_function():
@@ -55,24 +56,21 @@ def test_no_submodule_takes_the_name_of_a_function():
     assert not modules & set(epmq_gptq.__all__)
 
 
-def test_options_bear_the_names_of_the_commands_options():
-    """Where a function and its command share a thing they call it the same."""
-    renamed = {
-        "settings": "setting",
-        "experts": "expert",
-        "parameters": "param",
-        "engines": "engine",
-        "commit_message": "message",
-    }
-    only_python = {"progress", "options", "token"}
-    for each in cli.app.registered_commands:
-        name = each.callback.__name__
-        if name == "demo":
-            continue
-        known = set(python_inspect.signature(each.callback).parameters)
-        asked = set(python_inspect.signature(getattr(api, name)).parameters) - only_python
-        missing = {o for o in asked if not {o, renamed.get(o, o)} & known}
-        assert not missing, name
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_function_and_command_have_one_signature(name):
+    function = OPERATIONS[name]
+    asked = set(python_inspect.signature(function).parameters) - {"progress"}
+    only_python = {n for n, each in function.parameters.items() if each.form.shell is None}
+    shell = set(python_inspect.signature(function.command).parameters)
+    assert shell == asked - only_python | {"json_report", "quiet", "verbose"}
+    assert f"epmq-gptq {name}" in function.__doc__
+    for each in function.parameters.values():
+        assert f"    {each.name}: {each.help}" in function.__doc__
+
+
+def test_an_unknown_keyword_is_refused_with_the_one_that_was_meant():
+    with pytest.raises(EPMQInputError, match=r"`quantize`: `expert`.*Did you mean `experts`"):
+        epmq_gptq.quantize("m", out="o", expert={"a": "b"})
 
 
 def test_the_module_is_light():
@@ -202,7 +200,7 @@ def test_our_warnings_are_pythons_and_point_at_the_caller(family, rows, tmp_path
         epmq_gptq.quantize(
             merged, out=tmp_path / "out", experts=experts, calibration=few, settings=SETTINGS
         )
-    assert {Path(each.filename).name for each in caught} == {"test_api.py"}
+    assert {Path(each.filename).name for each in caught} == {"test_operations.py"}
     assert {each.message.code for each in caught} == {"EPMQ-F23", "EPMQ-F26"}
     # Also where the run then fails.
     with warnings.catch_warnings(record=True) as caught, pytest.raises(EPMQInputError):
@@ -266,6 +264,6 @@ def test_a_notebook_shows_a_table_and_runs_no_markup(family):
     assert html.startswith("<pre") and html.endswith("</pre>") and "curvature" in html
     entry = {"code": "[red]x", "title": "<script>alert(1)</script> & [bold]b[/bold]"}
     entry |= dict.fromkeys(("means", "cause", "remedy", "example"), "<img src=x>")
-    html = api.ExplainResult(entry)._repr_html_()
+    html = ExplainResult(entry)._repr_html_()
     assert "<script" not in html and "<img" not in html
     assert "&lt;script&gt;" in html and "[bold]b[/bold]" in html
