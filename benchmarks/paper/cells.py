@@ -17,13 +17,11 @@ import torch
 from epmq_gptq.evaluation.baselines import QuantizeSettings, quantize
 
 from .clip import ClipBench
-from .data import Score
+from .data import Bench, Score
 from .glue import GlueBench
 from .llm import LanguageBench
 from .models import Fetcher, Models, prepare
 from .specs import CALIBRATED, FAMILIES, MERGERS, REGMEAN_RATIO, SUITES
-
-Bench = ClipBench | GlueBench | LanguageBench
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class Runner:
     def _bench(self, family: str, suite: str) -> Bench:
         classes = {"images": ClipBench, "pairs": GlueBench, "text": LanguageBench}
         kind, s = FAMILIES[family].kind, self.settings
-        bench = classes[kind](
+        return classes[kind](
             whole=self.models(family, suite).whole,
             tasks=self.tasks(suite),
             device=s.device,
@@ -122,10 +120,8 @@ class Runner:
             limit=s.limit,
             workers=s.workers,
             seqlen=FAMILIES[family].seqlen,
+            runs_code=s.runs_code,
         )
-        if isinstance(bench, LanguageBench):
-            bench.runs_code = s.runs_code
-        return bench
 
     def _calibration(self, family: str, suite: str, samples: int) -> dict[str, list[Any]]:
         self.log(f"draw {samples} calibration rows per task")

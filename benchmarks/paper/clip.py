@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from epmq_gptq.errors import EPMQInputError
 
-from .data import Score, commit_of, draw, load_split
-from .specs import IMAGES
+from .data import Bench, Score
+from .specs import IMAGES, DatasetSpec
 
 
 @dataclass
@@ -55,8 +57,6 @@ def build_heads(whole: Path, tasks: Iterable[str], device: str) -> Heads:
     Per class: every template rendered and tokenized; the text tower's pooled output, projected; of
     length 1; mean over the templates; of length 1.
     """
-    from transformers import AutoTokenizer, CLIPModel
-
     clip = CLIPModel.from_pretrained(whole, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(whole)
     text = {}
@@ -110,77 +110,33 @@ def class_number(label: Any, classes: int, task: str) -> int:
     )
 
 
-@dataclass
-class ClipBench:
-    """The image tasks of one CLIP.
+class ClipBench(Bench):
+    """The image tasks of one CLIP; ``whole`` has its text tower and its processor, too."""
 
-    Attributes:
-        whole: folder of the base CLIP, with its text tower and processor.
-        tasks: names of FusionBench.
-        limit: images per task, None for all.
-        workers: processes that prepare images.
-    """
+    def spec(self, task: str) -> DatasetSpec:
+        return IMAGES[task]
 
-    whole: Path
-    tasks: tuple[str, ...]
-    device: str
-    batch_size: int = 128
-    limit: int | None = None
-    workers: int = 0
-    seqlen: int | None = None
-    _heads: Heads | None = field(default=None, repr=False)
-    _processor: Any = field(default=None, repr=False)
+    def row(self, task: str, item: Mapping[str, Any]) -> dict[str, Any]:
+        return {"image": item["image"].convert("RGB")}
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What is scored."""
-        return self.tasks
-
-    @property
+    @cached_property
     def heads(self) -> Heads:
-        """Made once."""
-        if self._heads is None:
-            self._heads = build_heads(self.whole, self.tasks, self.device)
-        return self._heads
+        """The zero-shot heads of all tasks."""
+        return build_heads(self.whole, self.tasks, self.device)
 
-    @property
+    @cached_property
     def processor(self) -> Any:
         """The base's image processor."""
-        if self._processor is None:
-            from transformers import AutoImageProcessor
-
-            self._processor = AutoImageProcessor.from_pretrained(self.whole)
-        return self._processor
-
-    def datasets(self) -> dict[str, str | None]:
-        """Dataset → commit."""
-        return {IMAGES[task].path: commit_of(IMAGES[task]) for task in self.tasks}
-
-    def calibration(self, samples: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-        """Task → rows of the training split."""
-        rows = {}
-        for task in self.tasks:
-            data = load_split(IMAGES[task], IMAGES[task].train)
-            picked = draw(len(data), samples, seed, task)
-            rows[task] = [{"image": data[index]["image"].convert("RGB")} for index in picked]
-        return rows
+        return AutoImageProcessor.from_pretrained(self.whole)
 
     @torch.no_grad()
-    def evaluate(self, model: torch.nn.Module, tasks: Iterable[str]) -> dict[str, Score]:
-        """Top-1 accuracy in per cent.
-
-        Args:
-            model: a vision tower, on ``device``.
-            tasks: some of ``tasks``.
-        """
-        return {task: self._accuracy(model, task) for task in tasks}
+    def evaluate(self, model: torch.nn.Module, columns: Iterable[str]) -> dict[str, Score]:
+        """Top-1 accuracy of a vision tower in per cent."""
+        return {task: self._accuracy(model, task) for task in columns}
 
     def _accuracy(self, model: torch.nn.Module, task: str) -> Score:
-        data = load_split(IMAGES[task], IMAGES[task].test)
-        if self.limit is not None and self.limit < len(data):
-            # Splits are often sorted by class: the first rows would be one class.
-            data = data.select(sorted(draw(len(data), self.limit, 0, task)))
-        images = _Images(data, self.processor, len(class_names(task)[0]), task)
+        rows = self.scored_rows(task)
+        images = _Images(rows, self.processor, len(class_names(task)[0]), task)
         loader = torch.utils.data.DataLoader(
             images, batch_size=self.batch_size, num_workers=self.workers
         )

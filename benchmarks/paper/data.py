@@ -1,10 +1,17 @@
-"""Datasets of the hub under one set of column names, and the rows drawn from them."""
+"""Datasets of the hub under one set of column names, the rows drawn from them, and what a family
+of models makes of them."""
 
 from __future__ import annotations
 
 import random
-from functools import cache
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoTokenizer
 
 from epmq_gptq.errors import EPMQInputError
 
@@ -24,6 +31,74 @@ class Score(NamedTuple):
 
     value: float
     items: int
+
+
+@dataclass
+class Bench:
+    """The tasks of one family of models; a family says what its rows are and how they are scored.
+
+    Attributes:
+        whole: folder of the base, with all that its inputs are read by.
+        tasks: what is merged.
+        batch_size: items per forward pass.
+        limit: evaluated items per task, None for all.
+        workers: processes that prepare images.
+        seqlen: tokens of a calibration row at most, None for the model's own limit.
+        runs_code: whether code that a model wrote may be run here.
+    """
+
+    whole: Path
+    tasks: tuple[str, ...]
+    device: str
+    batch_size: int = 32
+    limit: int | None = None
+    workers: int = 0
+    seqlen: int | None = None
+    runs_code: bool = False
+
+    def spec(self, task: str) -> DatasetSpec:
+        """The dataset of a task."""
+        raise NotImplementedError
+
+    def row(self, task: str, item: Mapping[str, Any]) -> dict[str, Any]:
+        """A calibration row."""
+        raise NotImplementedError
+
+    def evaluate(self, model: torch.nn.Module, columns: Iterable[str]) -> dict[str, Score]:
+        """Scores of a model that is on ``device``; ``columns`` are some of :attr:`columns`."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is scored."""
+        return self.tasks
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's; all experts share it."""
+        return AutoTokenizer.from_pretrained(self.whole)
+
+    def datasets(self) -> dict[str, str | None]:
+        """Dataset → commit."""
+        specs = [self.spec(task) for task in self.tasks]
+        return {spec.path: commit_of(spec) for spec in specs}
+
+    def calibration(self, samples: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+        """Task → rows of the training split."""
+        rows = {}
+        for task in self.tasks:
+            data = load_split(self.spec(task), self.spec(task).train)
+            picked = draw(len(data), samples, seed, task)
+            rows[task] = [self.row(task, data[index]) for index in picked]
+        return rows
+
+    def scored_rows(self, task: str) -> Any:
+        """The rows of the test split that are scored."""
+        data = load_split(self.spec(task), self.spec(task).test)
+        if self.limit is not None and self.limit < len(data):
+            # Splits are often sorted by class: the first rows would be one class.
+            data = data.select(sorted(draw(len(data), self.limit, 0, task)))
+        return data
 
 
 def commit_of(spec: DatasetSpec) -> str | None:

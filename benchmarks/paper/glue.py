@@ -8,15 +8,13 @@ for all): the encoder would read the padding as text, and answers would depend o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .data import Score, commit_of, draw, load_split
-from .specs import GLUE
+from .data import Bench, Score
+from .specs import GLUE, DatasetSpec
 
 # As T5 was trained; the tokenizer of the hub says the same.
 LONGEST = 512
@@ -24,20 +22,17 @@ LONGEST = 512
 LONGEST_ANSWER = 10
 
 
-def preprocessor(task: str, tokenizer: Any, padding: str = "longest") -> Any:
-    """FusionBench's preprocessor of a task: columns of a batch → ``input_ids`` and ``labels``.
-
-    Args:
-        padding: "longest" of the batch. FusionBench pads to 512 tokens; the mask hides them, so
-            that the answers are the same and take a fraction of the time.
-    """
+def preprocessor(task: str, tokenizer: Any) -> Any:
+    """FusionBench's preprocessor of a task: columns of a batch → ``input_ids`` and ``labels``."""
     from fusion_bench.tasks.flan_t5_text_generation.glue_preprocessors import glue_processors
     from fusion_bench.tasks.flan_t5_text_generation.glue_prompt_templates import (
         glue_prompt_templates,
     )
 
+    # FusionBench pads to 512 tokens; the mask hides them, so that the answers are the same as here,
+    # and take a fraction of the time.
     options = {
-        "padding": padding,
+        "padding": "longest",
         "truncation": True,
         "max_length": LONGEST,
         "return_tensors": "pt",
@@ -47,7 +42,7 @@ def preprocessor(task: str, tokenizer: Any, padding: str = "longest") -> Any:
     )
 
 
-def token_pair(task: str, row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
+def token_pair(task: str, row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
     """The tokens of a row's prompt and answer, as a calibration row; cut as in the evaluation."""
     columns = {name: value for name, value in row.items() if name != "idx"}
     text, target = preprocessor(task, tokenizer).preprocess(**columns)
@@ -57,68 +52,24 @@ def token_pair(task: str, row: dict[str, Any], tokenizer: Any) -> dict[str, list
     return {"input_ids": ids, "labels": labels}
 
 
-@dataclass
-class GlueBench:
-    """The GLUE tasks of FLAN-T5.
+class GlueBench(Bench):
+    """The GLUE tasks of FLAN-T5."""
 
-    Attributes:
-        whole: folder of the base, with its tokenizer.
-        limit: rows per task, None for all.
-    """
+    def spec(self, task: str) -> DatasetSpec:
+        return GLUE[task]
 
-    whole: Path
-    tasks: tuple[str, ...]
-    device: str
-    batch_size: int = 32
-    limit: int | None = None
-    workers: int = 0
-    seqlen: int | None = None
-    padding: str = "longest"
-    _tokenizer: Any = field(default=None, repr=False)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What is scored."""
-        return self.tasks
-
-    @property
-    def tokenizer(self) -> Any:
-        """The base's; all experts share it."""
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self.whole)
-        return self._tokenizer
-
-    def datasets(self) -> dict[str, str | None]:
-        """Dataset → commit."""
-        return {GLUE[task].path: commit_of(GLUE[task]) for task in self.tasks}
-
-    def calibration(self, samples: int, seed: int) -> dict[str, list[dict[str, list[int]]]]:
-        """Task → pairs of the training split."""
-        rows = {}
-        for task in self.tasks:
-            data = load_split(GLUE[task], GLUE[task].train)
-            picked = draw(len(data), samples, seed, task)
-            rows[task] = [token_pair(task, data[index], self.tokenizer) for index in picked]
-        return rows
+    def row(self, task: str, item: Mapping[str, Any]) -> dict[str, Any]:
+        return token_pair(task, item, self.tokenizer)
 
     @torch.no_grad()
-    def evaluate(self, model: torch.nn.Module, tasks: Iterable[str]) -> dict[str, Score]:
-        """Exact match in per cent; of STS-B 100 · Spearman's rho, answers that are no number as 0.
-
-        Args:
-            model: on ``device``.
-            tasks: some of ``tasks``.
-        """
-        return {task: self._score(model, task) for task in tasks}
+    def evaluate(self, model: torch.nn.Module, columns: Iterable[str]) -> dict[str, Score]:
+        """Exact match in per cent; of STS-B 100 · Spearman's rho, what is no number as 0."""
+        return {task: self._score(model, task) for task in columns}
 
     def _score(self, model: torch.nn.Module, task: str) -> Score:
-        data = load_split(GLUE[task], GLUE[task].test)
-        if self.limit is not None and self.limit < len(data):
-            data = data.select(sorted(draw(len(data), self.limit, 0, task)))
+        data = self.scored_rows(task)
         said, wanted = [], []
-        prepare = preprocessor(task, self.tokenizer, self.padding)
+        prepare = preprocessor(task, self.tokenizer)
         for start in range(0, len(data), self.batch_size):
             batch = prepare(data[start : start + self.batch_size])
             generated = model.generate(

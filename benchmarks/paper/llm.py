@@ -3,87 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from epmq_gptq.errors import EPMQInputError
 
-from .data import Score, commit_of, draw, load_split
-from .specs import LM_TASKS, MERGEBENCH, RUNS_CODE
+from .data import Bench, Score
+from .specs import LM_TASKS, MERGEBENCH, RUNS_CODE, DatasetSpec
 
 
-@dataclass
-class LanguageBench:
-    """Table 4: what is merged are domains, what is scored are lm-eval's tasks.
-
-    Attributes:
-        whole: folder of the base, with its tokenizer and chat template.
-        tasks: domains of MergeBench.
-        limit: items per task of lm-eval, None for all.
-        runs_code: whether code that a model wrote may be run here (HumanEval, MBPP+).
-    """
-
-    whole: Path
-    tasks: tuple[str, ...]
-    device: str
-    batch_size: int = 16
-    limit: int | None = None
-    workers: int = 0
-    seqlen: int | None = 512
-    runs_code: bool = False
-    _tokenizer: Any = field(default=None, repr=False)
+class LanguageBench(Bench):
+    """Table 4: what is merged are domains of MergeBench, what is scored are lm-eval's tasks."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is scored: without permission to run code, four of the six."""
+        """Without permission to run code (HumanEval, MBPP+), four of the six."""
         return tuple(name for name in LM_TASKS if self.runs_code or name not in RUNS_CODE)
 
-    @property
-    def tokenizer(self) -> Any:
-        """The base's."""
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
+    def spec(self, task: str) -> DatasetSpec:
+        return MERGEBENCH[task][0]
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self.whole)
-        return self._tokenizer
-
-    def datasets(self) -> dict[str, str | None]:
-        """Dataset → commit, of the calibration; lm-eval records those of its tasks."""
-        specs = [MERGEBENCH[task][0] for task in self.tasks]
-        return {spec.path: commit_of(spec) for spec in specs}
-
-    def calibration(self, samples: int, seed: int) -> dict[str, list[dict[str, list[int]]]]:
-        """Domain → rows of token ids, at most ``seqlen`` of each, under the chat template."""
-        rows = {}
-        for task in self.tasks:
-            spec, question, answer = MERGEBENCH[task]
-            data = load_split(spec, spec.train)
-            picked = draw(len(data), samples, seed, task)
-            rows[task] = [self._encoded(data[i][question], data[i][answer]) for i in picked]
-        return rows
-
-    def _encoded(self, question: str, answer: str) -> dict[str, list[int]]:
-        chat = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
+    def row(self, task: str, item: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Token ids, at most ``seqlen``, under the chat template."""
+        _, question, answer = MERGEBENCH[task]
         if self.tokenizer.chat_template is None:
-            ids = self.tokenizer(f"{question}\n{answer}")["input_ids"]
+            ids = self.tokenizer(f"{item[question]}\n{item[answer]}")["input_ids"]
         else:
+            chat = [
+                {"role": "user", "content": item[question]},
+                {"role": "assistant", "content": item[answer]},
+            ]
             text = self.tokenizer.apply_chat_template(chat, tokenize=False)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return {"input_ids": ids[: self.seqlen]}
 
-    def evaluate(self, model: torch.nn.Module, tasks: Iterable[str]) -> dict[str, Score]:
+    def evaluate(self, model: torch.nn.Module, columns: Iterable[str]) -> dict[str, Score]:
         """Scores of lm-eval in per cent.
-
-        Args:
-            model: on ``device``.
-            tasks: columns.
 
         Raises:
             EPMQInputError: a version of lm-eval that names a task or a metric otherwise.
@@ -91,7 +48,7 @@ class LanguageBench:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        names = list(tasks)
+        names = list(columns)
         if self.runs_code:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric `code_eval` asks for
         wrapped = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)

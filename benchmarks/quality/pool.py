@@ -11,17 +11,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
-
-
-@dataclass
-class _Worker:
-    process: Any
-    pipe: Connection
-    job: str | None = None
 
 
 class Pool:
@@ -33,90 +26,69 @@ class Pool:
     """
 
     def __init__(self, size: int, log: Path):
-        self._context = multiprocessing.get_context("spawn")
         self._log, self.size, self._count = log, size, 0
-        self._workers: list[_Worker] = []
+        # An executor for each process: a death breaks its executor, and so only its own job.
+        self._idle: list[ProcessPoolExecutor] = []
+        self._running: dict[Future, tuple[str, ProcessPoolExecutor]] = {}
         log.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_) -> None:
-        for worker in self._workers:
-            worker.pipe.close()  # an idle worker ends by itself, and cleans up
-        for worker in self._workers:
-            worker.process.join(10 if worker.job is None else 0)
-            worker.process.terminate()
-            worker.process.join(10)
+        for executor in [*self._idle, *(executor for _, executor in self._running.values())]:
+            executor.shutdown(wait=False, cancel_futures=True)
 
     @property
     def jobs(self) -> list[str]:
         """The names of what runs."""
-        return [worker.job for worker in self._workers if worker.job is not None]
-
-    @property
-    def busy(self) -> int:
-        """How many jobs run."""
-        return len(self.jobs)
+        return [name for name, _ in self._running.values()]
 
     @property
     def has_room(self) -> bool:
         """Whether another job can start."""
-        return self.busy < self.size
+        return len(self._running) < self.size
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> None:
         """Start a job; there must be room."""
-        idle = next((worker for worker in self._workers if worker.job is None), None)
-        if idle is None:
-            assert len(self._workers) < self.size
-            idle = self._start()
-        idle.job = name
-        idle.pipe.send((function, arguments))
+        executor = self._idle.pop() if self._idle else self._started()
+        self._running[executor.submit(_work, function, arguments)] = name, executor
 
-    def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
+    def _started(self) -> ProcessPoolExecutor:
         self._count += 1
-        log = self._log / f"worker{self._count}.log"
-        process = self._context.Process(target=_work, args=(theirs, str(log)), daemon=True)
-        process.start()
-        theirs.close()
-        worker = _Worker(process, ours)
-        self._workers.append(worker)
-        return worker
+        return ProcessPoolExecutor(
+            1,
+            multiprocessing.get_context("spawn"),
+            initializer=_print_to,
+            initargs=(self._log / f"worker{self._count}.log",),
+        )
 
     def next(self) -> tuple[str, Any]:
         """Wait for a job to end; its name, and its result or ``{"error": {...}}``."""
-        busy = {worker.pipe: worker for worker in self._workers if worker.job is not None}
-        worker = busy[wait(list(busy))[0]]
-        name, worker.job = worker.job, None
+        future = wait(self._running, return_when=FIRST_COMPLETED).done.pop()
+        name, executor = self._running.pop(future)
         try:
-            return name, worker.pipe.recv()
-        except EOFError:
-            worker.process.join(10)
-            self._workers.remove(worker)
-            code = worker.process.exitcode
-            return name, {
-                "error": {"type": "WorkerDied", "message": f"the process ended with code {code}"}
-            }
+            result = future.result()
+        except BrokenProcessPool as error:
+            return name, {"error": {"type": "WorkerDied", "message": str(error)}}
+        self._idle.append(executor)
+        return name, result
 
 
-def _work(pipe: Connection, log: str) -> None:
+def _print_to(log: Path) -> None:
     stream = open(log, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
     # The host writes to the descriptors, too, and must not tear the parent's lines.
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     sys.stdout = sys.stderr = stream
-    while True:
-        try:
-            function, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            result = function(*arguments)
-        except Exception as error:
-            traceback.print_exc()
-            result = {"error": {"type": type(error).__name__, "message": str(error)}}
-            code = getattr(error, "code", None)
-            if isinstance(code, str):
-                result["error"]["code"] = code
-        pipe.send(result)
+
+
+def _work(function: Callable[..., Any], arguments: tuple) -> Any:
+    try:
+        return function(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        found = {"type": type(error).__name__, "message": str(error)}
+        if isinstance(code := getattr(error, "code", None), str):
+            found["code"] = code
+        return {"error": found}

@@ -79,11 +79,11 @@ class Runner:
         # Read by torch when it is imported, in the workers.
         os.environ["OMP_NUM_THREADS"] = "1"
         with Pool(self.workers, self.work / "logs") as pool:
-            while self._pending or pool.busy:
-                if not self._start_some(pool) and pool.busy:
+            while self._pending or pool.jobs:
+                if not self._start_some(pool) and pool.jobs:
                     name, result = pool.next()
                     self._finish(name, result, self._resolved[name])
-                elif not pool.busy and self._pending and not self._ready():
+                elif not pool.jobs and self._pending and not self._ready():
                     raise AssertionError(f"cells that wait for each other: {list(self._pending)}")
         return self.results
 
@@ -98,7 +98,7 @@ class Runner:
     def _start_some(self, pool) -> bool:
         """Start or settle one cell; whether there was one."""
         for cell in self._ready():
-            if cell.exclusive and (pool.busy or any(not c.exclusive for c in self._ready())):
+            if cell.exclusive and (pool.jobs or any(not c.exclusive for c in self._ready())):
                 continue
             if any(self._resolved[name].exclusive for name in pool.jobs):
                 return False

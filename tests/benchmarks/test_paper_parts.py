@@ -1,25 +1,20 @@
 """The parts of the driver of the paper's tables that need no hub."""
 
 import json
-import sys
 from importlib import resources
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import fusion_hub
+import paper_tables
 import pytest
 import torch
 import yaml
-from PIL import Image
-from transformers import AutoTokenizer, CLIPModel
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import fusion_hub
-import paper_tables
 from paper import clip, data, glue, llm, models, report, specs, tables
 from paper.cells import Cell, Runner, Settings
-from paper.scores import Score
+from paper.data import Score
+from PIL import Image
+from transformers import AutoTokenizer, CLIPModel
 
 from epmq_gptq.errors import EPMQInputError
 
@@ -88,16 +83,6 @@ def test_datasets_are_those_of_fusion_bench():
     assert told == {task: s.test for task, s in specs.GLUE.items() if task != "mnli"}
 
 
-def test_the_papers_constants():
-    family = specs.FAMILIES["clip-b32"]
-    assert (family.group_size, family.batch_size, family.evaluation_batch) == (128, 32, 128)
-    alphas = {merger: family.alpha_of(merger) for merger in specs.MERGERS}
-    assert alphas["ties"] == alphas["average"] == 0.01 and alphas["wudi"] == 10
-    llama = specs.FAMILIES["llama-3.1-8b"]
-    assert (llama.group_size, llama.batch_size, llama.seqlen) == (32, 4, 512)
-    assert llama.samples * len(specs.MERGEBENCH4) == 256 and llama.alpha_of("ties") == 1
-
-
 # ---- data --------------------------------------------------------------------------------------
 
 
@@ -106,8 +91,6 @@ def local(monkeypatch):
     """Datasets by path, in place of the hub's."""
     known = {}
     monkeypatch.setattr(data, "commit_of", lambda spec: None)
-    for module in (clip, glue, llm):
-        monkeypatch.setattr(module, "commit_of", lambda spec: None)
     monkeypatch.setattr(data, "_loaded", lambda path, config, split, revision: known[path][split])
     return known
 
@@ -140,17 +123,6 @@ def test_a_smaller_draw_begins_a_larger_one():
     assert large[:64] == small and len(set(large)) == 256 and max(large) < 1000
     assert data.draw(1000, 64, 0, "svhn") != small != data.draw(1000, 64, 1, "mnist")
     assert sorted(data.draw(10, 64, 0, "mnist")) == list(range(10))
-
-
-def test_a_dataset_that_cannot_be_had_is_named(monkeypatch):
-    def broken(*_):
-        raise ConnectionError("no route to host\nmore")
-
-    monkeypatch.setattr(data, "commit_of", lambda spec: None)
-    monkeypatch.setattr(data, "_loaded", broken)
-    with pytest.raises(EPMQInputError, match="`tanganke/dtd`.*no route to host") as caught:
-        data.load_split(specs.IMAGES["dtd"], "test")
-    assert caught.value.code == "EPMQ-F22"
 
 
 # ---- CLIP --------------------------------------------------------------------------------------

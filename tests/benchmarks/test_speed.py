@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from speed import tables
-from speed.cases import SHAPES, Case, config_of, from_json, rows_of, to_json
+from speed.cases import Case, config_of
 
 ROOT = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -32,19 +32,6 @@ def figures(seconds, peak=2_000_000_000, **phases):
         "phases": phases,
         "losses": {"0.q": 1.0},
     }
-
-
-def test_a_case_survives_the_way_to_its_worker():
-    case = Case("llama-512", 8, 8192, cold=True)
-    assert from_json(to_json(case)) == case and case.key == "llama-512-K8-8192-cold"
-
-
-def test_all_quantizers_are_given_the_same_rows():
-    rows = rows_of(CASE)
-    assert list(rows) == ["expert0", "expert1"]
-    tokens = sum(len(row["input_ids"]) for own in rows.values() for row in own)
-    assert tokens == 2048
-    assert len(rows_of(Case("clip-384", 2, 17 * 8))["expert0"]) == 4
 
 
 def test_quantizers_share_grid_and_damping(tmp_path):
@@ -113,17 +100,6 @@ def test_tables_and_chart_of_known_figures(tmp_path):
     assert "llama-256" in files[0].read_text() or "<path" in files[0].read_text()
 
 
-def test_a_worker_that_fails_says_why(command, tmp_path):
-    with pytest.raises(SystemExit, match=r"(?s)llama-256-K2-2048, gptq: .*merged"):
-        command.run(CASE, "gptq", tmp_path)
-
-
-def test_shapes_fit_their_groups():
-    for shape in SHAPES.values():
-        assert shape.width % 128 == 0 and shape.hidden % 128 == 0
-        assert shape.width % shape.heads == 0 and shape.heads % shape.kv_heads == 0
-
-
 def test_one_real_run_of_each_quantizer_ends_in_figures(command, tmp_path):
     """As the command does it: a process of its own, and the same losses in the limit."""
     command.build(CASE, tmp_path)
@@ -133,29 +109,3 @@ def test_one_real_run_of_each_quantizer_ends_in_figures(command, tmp_path):
     assert found["best"]["phases"]["expert_forward"] > 0
     assert "expert_forward" not in found["fast"]["phases"]
     assert len(found["gptq"]["losses"]) == len(found["fast"]["losses"]) == 14
-
-
-def test_the_kernel_tables_are_ready_for_a_gpu(monkeypatch):
-    """Everything but the GPU: what a CPU lacks is a row that says so, not the end of the table."""
-    from speed import kernels
-
-    def seconds(work, arguments):
-        if all(t.numel() < 10**6 for t in arguments if hasattr(t, "numel")):
-            work(*arguments)
-        return 1e-3
-
-    monkeypatch.setattr(kernels, "WIDTHS", (64,))
-    monkeypatch.setattr(kernels, "gpu_seconds", seconds)
-    monkeypatch.setattr(kernels.torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(kernels, "has_triton", lambda: False)  # its interpreter has no bfloat16
-    lines = kernels.table("cpu").splitlines()
-    grams = [line for line in lines if line.startswith("| Gram")]
-    assert [line.split("|")[1].strip() for line in grams[:3]] == [
-        "Gram, fp32 (stock)",
-        "Gram, fp32 triangle",
-        "Gram, half with fp32 sums",
-    ]
-    assert float(grams[0].split("|")[6]) < 4e-6 and "| 0.0 | 0 |" not in grams[2]
-    missing = [line for line in lines if "addmm" in line or "not implemented" in line.lower()]
-    assert len(missing) == 2
-    assert any(line == "| torch operations | 1.00 | True |" for line in lines)

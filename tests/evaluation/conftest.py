@@ -2,7 +2,6 @@
 
 import pytest
 import tiny
-import torch
 from eval_tasks import write_tasks
 
 
@@ -20,31 +19,13 @@ def merged(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, merged):
-    """method → folder of the quantized model, saved by the host."""
-    import os
-
-    from epmq_gptq import EPMQConfig  # isort: skip
-    from gptqmodel import BACKEND, AWQConfig, GPTQModel, RTNConfig
+    """method → folder of the quantized model."""
+    from epmq_gptq.evaluation.baselines import QuantizeSettings, quantize
 
     folder = tmp_path_factory.mktemp("quantized")
-    before = os.getcwd()
-    os.chdir(folder)
-    common = {"bits": 4, "group_size": 32, "offload_to_disk": False}
-    rows = tiny.rows(8, 32, seed=1)
-    try:
-        for method in ("rtn", "awq", "epmq"):
-            dtype, options, data = torch.float32, {}, rows
-            if method == "rtn":
-                config, data = RTNConfig(**common), None
-            elif method == "awq":
-                config, dtype = AWQConfig(**common), torch.bfloat16
-                options = {"backend": BACKEND.AWQ_TORCH}
-            else:
-                config = EPMQConfig(**common, experts={"only": str(merged)}, allow_duplicates=True)
-                data = {"only": rows}
-            model = GPTQModel.load(str(merged), config, device="cpu", dtype=dtype)
-            model.quantize(data, batch_size=4, **options)
-            model.save(str(folder / method))
-    finally:
-        os.chdir(before)
-    return {method: folder / method for method in ("rtn", "awq", "epmq")}
+    settings = QuantizeSettings(batch_size=4, options={"allow_duplicates": True})
+    rows = {"only": tiny.rows(8, 32, seed=1)}
+    found = {"rtn": "RTN", "awq": "AWQ", "epmq": "E-PMQ"}
+    for name, method in found.items():
+        quantize(method, merged, {"only": merged}, rows, settings, folder / name)
+    return {name: folder / name for name in found}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from epmq_gptq import EPMQInputError
 from epmq_gptq.evaluation import load_model
+from epmq_gptq.evaluation.baselines import QuantizeSettings, quantize
 from epmq_gptq.evaluation.loading import packed_layers
 
 IDS = torch.arange(4, 36)[None]
@@ -52,24 +53,23 @@ def test_dense_keeps_what_is_not_quantized_bit_for_bit(checkpoints, merged):
         assert torch.equal(state[name], original[name]), name
 
 
+def test_rotary_frequencies_stay_exact_in_half_precision(checkpoints, merged):
+    """As transformers loads them: rounded, they would turn late positions by whole degrees."""
+    exact = load_model(merged, device="cpu").module.model.rotary_emb.inv_freq
+    half = load_model(checkpoints["epmq"], device="cpu", dtype="bfloat16").module
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(half.model.rotary_emb.inv_freq, exact)
+
+
 def test_biases_survive(tmp_path):
     """GPT-2's linears and CLIP's have biases, Llama's do not: one with them."""
-    from gptqmodel import GPTQModel, RTNConfig
-
     model = tiny.llama(1, 64, attention_bias=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
     folder = tiny.save(model, tmp_path / "biased")
-    host = GPTQModel.load(
-        str(folder),
-        RTNConfig(bits=4, group_size=32, offload_to_disk=False),
-        device="cpu",
-        dtype=torch.float32,
-    )
-    host.quantize(None)
-    host.save(str(tmp_path / "rtn"))
+    quantize("RTN", folder, {}, {}, QuantizeSettings(), tmp_path / "rtn")
     state = load_model(tmp_path / "rtn", device="cpu").module.state_dict()
     for name, value in load_file(folder / "model.safetensors").items():
         if name.endswith("bias"):

@@ -5,13 +5,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from hub_uploads import User, upload_hub
 from huggingface_hub import ModelCard
 from rich.console import Console
 
 from epmq_gptq.errors import EPMQInputError
 from epmq_gptq.evaluation.demo import DemoOptions, run_demo
-from epmq_gptq.publish.push import push
 
 
 def test_quick_demo(tmp_path, monkeypatch):
@@ -48,18 +46,11 @@ def test_quick_demo(tmp_path, monkeypatch):
         assert figures["quantized"] == result.scores["E-PMQ"][name].accuracy
         assert figures["expert"] == result.scores["experts"][name].accuracy
 
-    # Its checkpoint describes itself, and is published.
+    # Its checkpoint describes itself.
     card = ModelCard.load(options.out / "README.md")
     assert all(f"| {name} |" in card.text for name in result.scores["base"])
     assert "Merged with `average`" in card.text
     assert str(tmp_path) not in card.content
-    with upload_hub(monkeypatch, tmp_path / "hub", hf_demo=User("me")) as hub:
-        done = push(options.out, "me/demo-4bit", token="hf_demo")
-        published = hub.folder("me/demo-4bit")
-        assert {"README.md", "config.json", "model.safetensors"} <= set(done.files)
-        assert not any(name.startswith("epmq_") for name in done.files)
-        for name in done.files:
-            assert (published / name).read_bytes() == (options.out / name).read_bytes()
 
     with pytest.raises(EPMQInputError, match="should be new or empty"):
         run_demo(options, Console(file=screen))
