@@ -13,6 +13,7 @@ import transformers
 from ..calibration.rows import form_of
 from ..checks.engines.packed import PACKED
 from ..errors import EPMQInputError
+from ..host.loading import choose_device
 from ..io.checkpoints import Checkpoint, check_folder, resolve_source
 from ..io.folders import read_json
 
@@ -109,7 +110,7 @@ def load_model(
         EPMQInputError: it cannot be had or read, is quantized by another method than GPTQ or AWQ,
             or its architecture is not one of transformers.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     dtype = _dtype(dtype, device)
     dense = device == "cpu" if dense is None else dense
     source = resolve_source(spec, what=_WHAT)
