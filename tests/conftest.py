@@ -43,3 +43,21 @@ def pytest_collection_finish():
 def working_folder(tmp_path, monkeypatch):
     """GPTQModel's own processors write a `logs` folder into the working directory."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that this process talks to, and an empty cache."""
+    from hub import Hub
+    from huggingface_hub import constants
+    from huggingface_hub.hf_api import api
+
+    with Hub() as double:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", double.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        # The address is also part of a template that was filled in when the library was imported.
+        template = double.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(api, "endpoint", double.url)
+        yield double

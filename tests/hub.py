@@ -14,6 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import torch
+from safetensors.torch import save_file
+
 
 def commit_of(text: str) -> str:
     """A commit id that a test can tell from its text."""
@@ -215,3 +218,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Send an error as the hub spells it."""
         headers = {"X-Error-Code": code, "X-Error-Message": message}
         self.reply(status, json.dumps({"error": message}).encode(), headers)
+
+
+def small_model(folder: Path, value: float = 1.0) -> Path:
+    """A folder that passes for a checkpoint."""
+    folder.mkdir(parents=True)
+    save_file({"a.weight": torch.full((2, 2), value)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder

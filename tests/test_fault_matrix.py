@@ -18,8 +18,8 @@ import pytest
 import tiny
 import torch
 import yaml
+from lora import peft_model
 from safetensors.torch import load_file, save_file
-from test_adapters import peft_model
 from typer.testing import CliRunner
 
 from epmq_gptq import cli

@@ -7,11 +7,9 @@ import tiny
 import torch
 from judge import nearest_share
 from safetensors.torch import load_file, save_file
+from tiny import EMBEDDING, V_PROJ, poison
 
 from epmq_gptq import EPMQConfig, EPMQInputError, EPMQNumericalError
-
-V_PROJ = "model.layers.0.self_attn.v_proj"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -19,13 +17,6 @@ def family(tmp_path):
     merged, experts = tiny.family(tmp_path, experts=2)
     rows = {name: tiny.rows(4, 40, seed=index) for index, name in enumerate(experts)}
     return merged, experts, rows
-
-
-def poison(folder, tensor, index, value=float("nan")):
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    tensors[tensor][index] = value
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def load(merged, experts, **options):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -19,6 +19,9 @@ from transformers import (
 # Where models are quantized that are loaded here: `make test-gpu` sets "cuda".
 DEVICE = os.environ.get("EPMQ_TEST_DEVICE", "cpu")
 VOCABULARY = 260
+# Tensors of `llama`.
+V_PROJ = "model.layers.0.self_attn.v_proj"
+EMBEDDING = "model.embed_tokens.weight"
 TOKENS = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
@@ -138,3 +141,11 @@ def rows(count: int, length: int, seed: int) -> list[dict[str, list[int]]]:
         }
         for _ in range(count)
     ]
+
+
+def poison(folder, tensor, index, value=float("nan")):
+    """Write a value into a tensor of a saved model."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[tensor][index] = value
+    save_file(tensors, file, metadata={"format": "pt"})

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from judge import codes
-from peft import LoraConfig, get_peft_model
+from lora import peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
@@ -17,7 +17,6 @@ from epmq_gptq.experts.experts import Experts, split_adapter
 from epmq_gptq.experts.linears import Linear, StoredWeight, piece, resolve
 from epmq_gptq.method.target import expert_target
 
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LLAMA = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -29,21 +28,6 @@ LLAMA = {
     "dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["lm_head", "up_proj"]},
 }
-
-
-def peft_model(base, *, seed=0, **options):
-    """A PEFT model whose factors were "trained" to something."""
-    config = LoraConfig(
-        **({"r": 4, "lora_alpha": 8, "target_modules": [*ATTENTION, "down_proj"]} | options)
-    )
-    model = get_peft_model(base, config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter += 0.3 * parameter.std().nan_to_num(0.1).clamp(min=0.05) * noise
-    return model.eval()
 
 
 def linears(model) -> list[Linear]:

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from judge import stored
-from test_adapters import peft_model
+from lora import peft_model
 
 from epmq_gptq import EPMQConfig, EPMQInputError
 from epmq_gptq.experts.in_memory import in_memory

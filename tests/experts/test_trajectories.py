@@ -7,11 +7,10 @@ import warnings
 import pytest
 import tiny
 import torch
+from families import FAMILIES
+from lora import peft_model
 from safetensors.torch import load_file, save_file
-from test_adapters import peft_model
-from test_architectures import FAMILIES
-from test_faults import poison
-from test_moe import mixtral
+from tiny import poison
 from transformers import AutoModelForCausalLM
 
 from epmq_gptq import EPMQConfig, EPMQInputError
@@ -187,7 +186,7 @@ def quantize(merged, experts, rows, **options):
 
 
 def test_mixtures_fall_back_to_the_papers_targets_aloud_or_refuse(tmp_path):
-    merged, experts = tiny.family(tmp_path, experts=2, model=mixtral())
+    merged, experts = tiny.family(tmp_path, experts=2, model=FAMILIES["mixtral"]().eval())
     rows = {name: tiny.rows(4, 40, seed=i) for i, name in enumerate(experts)}
     with pytest.warns(EPMQWarning, match="targets are the paper's.*has no tensor of its own"):
         report = quantize(merged, experts, rows)

@@ -1,12 +1,10 @@
 """Faults injected by real means; `table.py` makes docs/reliability.md's table of their markers."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "models"))  # small T5 models
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

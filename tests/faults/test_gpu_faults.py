@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from jobs import Job
 from resume_runs import Run, assert_same, goes_on
-from test_resume_faults import Job
 
 from epmq_gptq import EPMQDeviceError
 from epmq_gptq.method.chunks import forget_cached

@@ -7,7 +7,7 @@ import tiny
 import torch
 from judge import stored
 from safetensors.torch import load_file
-from test_faults import EMBEDDING, V_PROJ, poison
+from tiny import EMBEDDING, V_PROJ, poison
 
 from epmq_gptq import EPMQConfig, EPMQNumericalError
 from epmq_gptq.experts.passes.trajectories import ExpertTrajectories

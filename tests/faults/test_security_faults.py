@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_hub import hub, model, resolve  # noqa: F401 (a fixture)
+from hub import small_model
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQConfig, EPMQInputError, cli
-from epmq_gptq.io.checkpoints import check_folder
+from epmq_gptq.io.checkpoints import check_folder, resolve_source
 
 HERE = Path(__file__).parent
 TOKEN = "hf_CanaryThatNobodyMaySee0123456789"
@@ -258,8 +258,8 @@ sys.addaudithook(_watch)
     "formats beside the weights",
     outcome="Only configuration, tokenizer and safetensors files are fetched.",
 )
-def test_what_is_fetched_of_a_hub(hub, tmp_path):  # noqa: F811
-    folder = model(tmp_path / "model")
+def test_what_is_fetched_of_a_hub(hub, tmp_path):
+    folder = small_model(tmp_path / "model")
     for name in (
         *("modeling_evil.py", "pytorch_model.bin", "rng_state.pth", "weights.zip", "a.npz", "x.sh"),
         *("custom_generate/generate.py", "code/x.json", "consolidated.safetensors"),
@@ -267,7 +267,7 @@ def test_what_is_fetched_of_a_hub(hub, tmp_path):  # noqa: F811
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     hub.add("org/model", folder)
-    source, _ = resolve("org/model")
+    source = resolve_source("org/model", what="an expert")
     fetched = {path.name for path in source.path.rglob("*") if not path.is_dir()}
     assert fetched == {"config.json", "model.safetensors"}
     assert {name.rpartition("/")[2] for name in hub.downloaded()} <= fetched | {"README.md"}

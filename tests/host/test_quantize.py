@@ -6,12 +6,8 @@ import pytest
 import tiny
 import torch
 from gptqmodel.quantization.config import GPTQConfig
-from gptqmodel.quantization.gar import (
-    compose_final_perm,
-    compute_global_perm,
-    compute_local_perms,
-)
 from judge import codes, dequantized, gptq64, linear_inputs, stored
+from runs import differing, gar_order, run
 from safetensors.torch import load_file
 
 from epmq_gptq import EPMQConfig
@@ -23,22 +19,6 @@ from epmq_gptq.method import statistics
 from epmq_gptq.method.target import objective
 
 BITS, GROUP, ALPHA = 4, 32, 0.1
-
-
-def run(merged, config, rows, out, **options):
-    """Load, quantize, save; returns what ``quantize`` returned."""
-    model = tiny.load(merged, config)
-    result = model.quantize(rows, **({"batch_size": 4} | options))
-    model.save(str(out))
-    return result
-
-
-def differing(one, other) -> float:
-    """The share of codes that differ between two checkpoints."""
-    first, second = codes(one), codes(other)
-    assert first.keys() == second.keys()
-    count = sum(int((first[m] != second[m]).sum()) for m in first)
-    return count / sum(code.numel() for code in first.values())
 
 
 class Case:
@@ -91,15 +71,6 @@ def plain(case):
     config = GPTQConfig(bits=BITS, group_size=GROUP, damp_percent=ALPHA)
     run(case.merged, config, [row for rows in case.rows.values() for row in rows], out)
     return dequantized(out)
-
-
-def gar_order(H):
-    """The order in which GPTQModel's default (act_group_aware) rounds the columns."""
-    diagonal = H.diagonal().float()
-    local, values = compute_local_perms(diagonal, GROUP, return_values=True)
-    return compose_final_perm(
-        local, compute_global_perm(diagonal, GROUP, precomputed_values=values), GROUP
-    )
 
 
 def test_every_layer_reaches_the_float64_optimum(case):

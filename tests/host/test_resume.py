@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from families import FAMILIES
 from gptqmodel import CheckpointConfig, CheckpointStopped
 from judge import stored
+from lora import peft_model
 from resume_runs import Broken, Run, assert_same, broken_at, goes_on
 from safetensors.torch import load_file, save_file
-from test_adapters import peft_model
-from test_architectures import FAMILIES
 
 from epmq_gptq import EPMQError, EPMQInputError, EPMQStopped
 from epmq_gptq.host.processor import EPMQProcessor

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from hub import Hub, commit_of
+from hub import Hub, commit_of, small_model
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
@@ -24,29 +24,6 @@ from epmq_gptq.io.hub import parse_hub_id
 
 ROOT = Path(__file__).parents[2]
 WHAT = "expert `math`"
-
-
-def model(folder: Path, value: float = 1.0) -> Path:
-    folder.mkdir(parents=True)
-    save_file({"a.weight": torch.full((2, 2), value)}, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    return folder
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub that this process talks to, and an empty cache."""
-    with Hub() as double:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", double.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        # The address is also part of a template that was filled in when the library was imported.
-        template = double.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        from huggingface_hub.hf_api import api
-
-        monkeypatch.setattr(api, "endpoint", double.url)
-        yield double
 
 
 def resolve(spec, **options):
@@ -86,8 +63,8 @@ def test_what_is_a_hub_id(text, expected):
 
 
 def test_branch_tag_and_commit_mean_one_commit_each(hub, tmp_path):
-    old = hub.add("org/math", model(tmp_path / "old", 1.0), "main", "v1")
-    new = hub.add("org/math", model(tmp_path / "new", 2.0), "main", "feature/x")
+    old = hub.add("org/math", small_model(tmp_path / "old", 1.0), "main", "v1")
+    new = hub.add("org/math", small_model(tmp_path / "new", 2.0), "main", "feature/x")
     values = {"": 2.0, "@main": 2.0, "@feature/x": 2.0, "@v1": 1.0, f"@{old}": 1.0}
     for revision, value in values.items():
         source, said = resolve(f"org/math{revision}")
@@ -106,7 +83,7 @@ def test_branch_tag_and_commit_mean_one_commit_each(hub, tmp_path):
 
 
 def test_only_what_a_model_needs_is_fetched(hub, tmp_path):
-    folder = model(tmp_path / "m")
+    folder = small_model(tmp_path / "m")
     unneeded = ["pytorch_model.bin", "modeling_x.py", "model.gguf", "train.log"]
     nested = [
         "original/consolidated.00.safetensors",
@@ -139,7 +116,7 @@ def test_only_what_a_model_needs_is_fetched(hub, tmp_path):
     ],
 )
 def test_other_formats_are_refused_unfetched(hub, tmp_path, file, part):
-    folder = model(tmp_path / "m")
+    folder = small_model(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / file)
     hub.add("org/math", folder)
     refused(
@@ -149,7 +126,7 @@ def test_other_formats_are_refused_unfetched(hub, tmp_path, file, part):
 
 
 def test_what_the_hub_refuses(hub, tmp_path):
-    commit = hub.add("org/math", model(tmp_path / "m"))
+    commit = hub.add("org/math", small_model(tmp_path / "m"))
     hub.add("org/gated", tmp_path / "m", gated=True)
     refused("org/nobody", "no such folder, and no `org/nobody` on the hub", "private", "HF_TOKEN")
     refused("org/math@v9", "`org/math` has no revision `v9`")
@@ -160,7 +137,7 @@ def test_what_the_hub_refuses(hub, tmp_path):
 
 
 def test_what_was_fetched_is_there_without_the_hub(hub, tmp_path, monkeypatch):
-    commit = hub.add("org/math", model(tmp_path / "m"))
+    commit = hub.add("org/math", small_model(tmp_path / "m"))
     first, _ = resolve("org/math")
     for state in ("down", "offline"):
         hub.is_down = state == "down"
@@ -173,7 +150,7 @@ def test_what_was_fetched_is_there_without_the_hub(hub, tmp_path, monkeypatch):
 
 
 def test_half_a_snapshot_is_not_a_model(hub, tmp_path, monkeypatch):
-    hub.add("org/math", model(tmp_path / "m"))
+    hub.add("org/math", small_model(tmp_path / "m"))
     source, _ = resolve("org/math")
     (source.path / "model.safetensors").unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -195,8 +172,8 @@ def test_an_adapter_repository_and_its_base(hub, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(options))
     (adapter / "optimizer.pt").write_bytes(b"x")
     lora = hub.add("org/lora", adapter)
-    base = hub.add("org/base", model(tmp_path / "base"), "main")
-    other = hub.add("org/base", model(tmp_path / "other"), "v2")
+    base = hub.add("org/base", small_model(tmp_path / "base"), "main")
+    other = hub.add("org/base", small_model(tmp_path / "other"), "v2")
     specs = {"named": "org/lora", "pinned": f"org/base@v2+org/lora@{lora}"}
     with pytest.warns(EPMQWarning) as caught:
         experts = Experts(specs)
@@ -222,7 +199,7 @@ MERGED = {
 
 
 def test_the_lineage_of_a_hub_model_costs_no_weights(hub, tmp_path):
-    folder = model(tmp_path / "merged")
+    folder = small_model(tmp_path / "merged")
     (folder / "mergekit_config.yml").write_text(yaml.safe_dump(MERGED))
     commit = hub.add("org/merged", folder)
     with pytest.warns(EPMQWarning, match=f"today it is `org/merged@{commit}`"):
@@ -230,7 +207,7 @@ def test_the_lineage_of_a_hub_model_costs_no_weights(hub, tmp_path):
     assert draft.merged == f"org/merged@{commit}"
     assert draft.experts == {"expert0": "org/expert0@v1", "expert1": "org/expert1"}
     assert hub.downloaded() == {"org/merged/config.json", "org/merged/mergekit_config.yml"}
-    hub.add("org/silent", model(tmp_path / "silent"))
+    hub.add("org/silent", small_model(tmp_path / "silent"))
     with pytest.warns(EPMQWarning), pytest.raises(EPMQInputError) as caught:
         draft_of_merge("org/silent", Given())
     assert caught.value.code == "EPMQ-F35"
@@ -242,8 +219,8 @@ def test_the_lineage_of_a_hub_model_costs_no_weights(hub, tmp_path):
 
 def test_a_strangers_path_is_not_looked_up_here(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = model(tmp_path / "merged")
-    model(tmp_path / "private")
+    folder = small_model(tmp_path / "merged")
+    small_model(tmp_path / "private")
     models = ["org/a", "private", str(tmp_path / "private"), "./private"]
     configuration = {"merge_method": "linear", "models": models}
     (folder / "mergekit_config.yml").write_text(yaml.safe_dump(configuration))

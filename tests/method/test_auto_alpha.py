@@ -10,9 +10,9 @@ import torch
 from gptqmodel.quantization.config import GPTQConfig
 from judge import codes, dequantized, gptq64
 from own_judge import Judge, anchored, excess, streams_of
+from own_runs import STREAMS, Case, llama
+from runs import gar_order
 from safetensors.torch import load_file, save_file
-from test_own_targets import STREAMS, Case, llama
-from test_quantize import gar_order
 
 from epmq_gptq import EPMQConfig, EPMQInputError
 from epmq_gptq.calibration.batches import plan_inputs

@@ -8,8 +8,8 @@ import torch
 from gptqmodel.quantization.config import GPTQConfig
 from judge import codes, dequantized, linear_inputs
 from own_judge import Pass, streams_of
-from test_own_targets import STREAMS, Case, llama
-from test_quantize import differing, run
+from own_runs import STREAMS, Case, llama
+from runs import differing, run
 
 from epmq_gptq import EPMQConfig
 from epmq_gptq.method.deltas import WeightDelta

@@ -154,3 +154,15 @@ def quadratics(
     H = sum(H_i for _, H_i in pairs)
     lam = alpha * float(H.trace()) / H.shape[0]
     return W_m, pairs, lam, H + lam * torch.eye(H.shape[0], dtype=torch.float64)
+
+
+TEXT_TOO = {r"+:text_model\..*": {}}
+WORDS = "a photo of the cats and dogs in a field"
+
+
+def images_with_texts(count, seed):
+    """Images with texts of 4 to 16 tokens, one a byte."""
+    return [
+        {"pixel_values": pixels, "text": WORDS[seed : seed + 4 + 3 * (index % 5)]}
+        for index, pixels in enumerate(images(count, seed))
+    ]

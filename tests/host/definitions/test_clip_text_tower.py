@@ -6,7 +6,7 @@ import clip_models
 import pytest
 import tiny
 import torch
-from clip_models import images
+from clip_models import TEXT_TOO, images, images_with_texts
 from gptqmodel import BACKEND, AWQConfig, GPTQConfig, GPTQModel
 from judge import dequantized, gptq64, stored
 from transformers import CLIPModel
@@ -18,16 +18,6 @@ from epmq_gptq.method.target import objective
 
 ALPHA = 0.1
 BITS = dict(bits=4, group_size=32)
-TEXT_TOO = {r"+:text_model\..*": {}}
-WORDS = "a photo of the cats and dogs in a field"
-
-
-def rows(count, seed):
-    """Images with texts of 4 to 16 tokens, one a byte."""
-    return [
-        {"pixel_values": pixels, "text": WORDS[seed : seed + 4 + 3 * (index % 5)]}
-        for index, pixels in enumerate(images(count, seed))
-    ]
 
 
 def load(folder, config, dtype=torch.float32):
@@ -54,7 +44,7 @@ class Case:
 
     def __init__(self, family, folder):
         self.merged, self.experts = family
-        self.rows = {name: rows(6, seed) for seed, name in enumerate(self.experts)}
+        self.rows = {name: images_with_texts(6, seed) for seed, name in enumerate(self.experts)}
         config = EPMQConfig(
             profile="paper",
             **BITS,
@@ -128,10 +118,12 @@ def test_it_comes_back_with_both_towers(case):
 
 def test_plain_gptq_counts_no_padding(family, tmp_path, case):
     model = load(family[0], GPTQConfig(**BITS, dynamic=TEXT_TOO))
-    batches = model.prepare_dataset([*rows(6, 0), *rows(6, 1)], batch_size=4)
+    batches = model.prepare_dataset(
+        [*images_with_texts(6, 0), *images_with_texts(6, 1)], batch_size=4
+    )
     assert sum(len(batch["pixel_values"]) for batch in batches) == 12
     assert all(batch["attention_mask"].all() for batch in batches)
-    model.quantize([*rows(6, 0), *rows(6, 1)], batch_size=4)
+    model.quantize([*images_with_texts(6, 0), *images_with_texts(6, 1)], batch_size=4)
     model.save(str(tmp_path / "out"))
     assert set(dequantized(tmp_path / "out")) == set(case.weights)
 
@@ -143,7 +135,7 @@ def test_it_stays_as_it_is_unless_asked_for(family, tmp_path):
         assert not model.reads_text
         assert model.extract_layers_node() == ["vision_model.encoder.layers"]
     model = load(merged, EPMQConfig(profile="paper", **BITS, experts=experts, alpha=ALPHA))
-    report = model.quantize({name: rows(3, 0) for name in experts})["epmq"]
+    report = model.quantize({name: images_with_texts(3, 0) for name in experts})["epmq"]
     assert len(report.modules) == 2 * 6
     assert all(module.module.startswith("vision_model.") for module in report.modules)
 
@@ -159,5 +151,5 @@ def test_it_needs_a_text_for_every_image(family):
 def test_awq_refuses_it(family):
     model = load(family[0], AWQConfig(**BITS, dynamic=TEXT_TOO), dtype=torch.bfloat16)
     with pytest.raises(EPMQInputError, match="AWQ cannot quantize") as caught:
-        model.quantize(rows(3, 0), backend=BACKEND.AWQ_TORCH)
+        model.quantize(images_with_texts(3, 0), backend=BACKEND.AWQ_TORCH)
     assert caught.value.code == "EPMQ-F38"

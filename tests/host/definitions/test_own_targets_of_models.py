@@ -103,7 +103,7 @@ T5_STREAMS = {
 
 
 def test_t5_reaches_the_float64_optimum_in_both_stacks(tmp_path):
-    from test_quantize import gar_order
+    from runs import gar_order
 
     merged, experts = t5_models.family(tmp_path)
     rows = {

@@ -6,9 +6,8 @@ import clip_models
 import pytest
 import t5_models
 import transformers
+from clip_models import TEXT_TOO, images_with_texts
 from resume_runs import Run, goes_on
-from test_clip_text_tower import TEXT_TOO
-from test_clip_text_tower import rows as images_with_texts
 
 from epmq_gptq.host.resume.session import PROVEN
 

@@ -88,7 +88,7 @@ def test_encoder_first_then_decoder_and_nothing_is_left_out(case):
 
 
 def test_every_layer_reaches_the_float64_optimum(case):
-    from test_quantize import gar_order
+    from runs import gar_order
 
     for module in case.weights:
         W_m, pairs, lam, H_E, best = case.quadratics(module)

@@ -11,8 +11,8 @@ import pytest
 import tiny
 import torch
 from judge import codes, dequantized, gptq64, stored
+from runs import differing, gar_order, run
 from safetensors.torch import load_file, save_file
-from test_quantize import differing, gar_order, run
 
 from epmq_gptq import EPMQConfig, EPMQInputError
 from epmq_gptq.checks.estimates import recorded as estimated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
-from test_quantize import run
+from runs import run
 
 import epmq_gptq
 from epmq_gptq import EPMQConfig
