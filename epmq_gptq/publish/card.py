@@ -1,13 +1,11 @@
 """The model card: what a checkpoint says of itself on a hub, in Markdown with metadata.
 
-Paths are never in it, names of local folders only if asked for. Its sections are in
-``card_sections.py`` and ``card_loading.py``.
+Paths are never in it, names of local folders only if asked for. Its text is in ``card.md.j2``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +13,16 @@ from typing import Any
 
 from ..errors import EPMQInputError
 from ..io.declared import bad_option
-from ..io.folders import CARD_NAME, reason_of
-from .card_facts import Facts, mapping, read_facts
-from .card_loading import PLACEHOLDER, loading
-from .card_sections import introduction, licence, limits, lineage, quantization, regret, retention
+from ..io.folders import CARD_NAME
+from ..io.output import write_whole
+from .card_facts import Source, card_facts, mapping, read_source
 from .card_sources import Declared, read_declared
+from .markdown import code, plain
 
 _TOOL = "epmq_gptq"
+_TEMPLATE = Path(__file__).parent / "card.md.j2"
+# What stands in the examples for a name that is not known yet.
+_PLACEHOLDER = "path/or/hub-id"
 # The last line of a card of ours. The digest is of all above it: who edits a card owns it.
 _MARKER = re.compile(r"^<!-- epmq_gptq card ([0-9a-f]{64}) -->\n?\Z", re.MULTILINE)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
@@ -61,22 +62,21 @@ def model_card(
         check_repo_id(repo_id)
     if license is not None and _LICENSE.fullmatch(license) is None:
         raise bad_option("license", "an identifier of a hub, such as apache-2.0", license)
-    told = read_facts(folder, sources or {})
-    known = _kept(told.sources.declared, None if sources else folder, told.sources.license_note)
-    data = metadata(told, known, license)
-    lines = [
-        *introduction(told, title, repo_id),
-        *lineage(told, include_names),
-        *quantization(told),
-        *retention(told),
-        *regret(told),
-        *loading(told, repo_id or PLACEHOLDER),
-        *licence(told, data),
-        *limits(told),
-    ]
-    from huggingface_hub import ModelCardData
+    source = read_source(folder, sources or {})
+    agreed = source.sources
+    known = _kept(agreed.declared, None if sources else folder, agreed.license_note)
+    from huggingface_hub import ModelCard, ModelCardData
 
-    body = f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n" + "\n".join(lines)
+    card = ModelCard.from_template(
+        ModelCardData(**metadata(source, known, license)),
+        template_path=str(_TEMPLATE),
+        facts=card_facts(source, title, repo_id, include_names),
+        model=repo_id or _PLACEHOLDER,
+        plain=plain,
+        code=code,
+        listed=lambda names: ", ".join(map(plain, names)),
+    )
+    body = str(card).rstrip("\n") + "\n"
     return f"{body}\n<!-- {_TOOL} card {_digest(body)} -->\n"
 
 
@@ -106,20 +106,7 @@ def write_card(folder: str | Path, *, overwrite: bool = False, **options: Any) -
             remedy="Look at the new one with `--dry-run`; replace it with `overwrite=True` or "
             "`--overwrite`.",
         )
-    partial = folder / f".{CARD_NAME}.{os.getpid()}.partial"
-    try:
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise EPMQInputError(
-            f"`{CARD_NAME}` cannot be written: {reason_of(error)}.",
-            code="EPMQ-F45",
-            subject=f"`{CARD_NAME}`",
-            remedy="Give yourself the right to write into the folder, or copy it.",
-        ) from error
+    write_whole(file, text)
     return text
 
 
@@ -178,26 +165,26 @@ def _kept(now: Declared, folder: Path | None, note: str) -> Declared:
 # ---- metadata ----------------------------------------------------------------------------------
 
 
-def metadata(told: Facts, known: Declared, license: str | None) -> dict[str, Any]:
+def metadata(source: Source, known: Declared, license: str | None) -> dict[str, Any]:
     """The YAML block, by the rules of the hub's documentation (docs/hub/model-cards.md there).
 
     A quantization of a merged model that is on the hub is one of that model. Of any other merge
     the models that went in are the base models, and the relation is ``merge``.
     """
-    models = [part.source for part in told.parts if part.role == "merged" and part.is_hub]
+    models = [part.source for part in source.parts if part.role == "merged" and part.is_hub]
     relation = "quantized"
     if not models:
-        models = [part.source for part in told.parts if part.is_hub]
+        models = [part.source for part in source.parts if part.is_hub]
         relation = "merge"
-    serves = mapping(told.engines.get("transformers")).get("verdict") != "no"
-    bits = told.bits
+    serves = mapping(source.engines.get("transformers")).get("verdict") != "no"
+    bits = source.bits
     data: dict[str, Any] = {
         "license": license or known.license,
         "license_name": None if license else known.license_name,
         "license_link": None if license else known.license_link,
         "language": list(known.language) or None,
         "library_name": "transformers" if serves else "gptqmodel",
-        "pipeline_tag": known.pipeline_tag or _task(told),
+        "pipeline_tag": known.pipeline_tag or _task(source),
         "base_model": list(dict.fromkeys(models)) or None,
         "base_model_relation": relation if models else None,
         "tags": ["gptq", "gptqmodel", "epmq", "quantized", "merge", *(f"{b}-bit" for b in bits)],
@@ -205,17 +192,16 @@ def metadata(told: Facts, known: Declared, license: str | None) -> dict[str, Any
             "quant_method": "gptq",
             "targets": "E-PMQ",
             "bits": bits[0] if len(bits) == 1 else bits,
-            "group_size": told.export.group_size,
-            "sym": told.export.sym,
-            "desc_act": told.export.desc_act,
+            "group_size": source.export.group_size,
+            "sym": source.export.sym,
+            "desc_act": source.export.desc_act,
         },
     }
     return {key: value for key, value in data.items() if value is not None}
 
 
-def _task(told: Facts) -> str | None:
-    architectures = told.config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+def _task(source: Source) -> str | None:
+    name = source.architecture
     if name in _TASKS:
         return _TASKS[name]
     # The hub has no task for T5 as such; its models say translation, summarization and so on.

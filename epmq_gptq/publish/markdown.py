@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 
 # Characters of a name; a model card has room for no more.
 MAX_TEXT = 200
@@ -39,23 +38,3 @@ def code(text: object) -> str:
     """Text as a code span where it can be one, else as :func:`plain` text."""
     line = one_line(text)
     return f"`{line}`" if _CODE.fullmatch(line) else plain(line)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table whose first column is text and whose others are numbers or short words.
-
-    Args:
-        head: of the columns.
-        rows: cells, already Markdown.
-    """
-    lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
-    return [*lines, *map(_row, rows), ""]
-
-
-def facts(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The same for columns of text."""
-    return [_row(head), _row(["---"] * len(head)), *map(_row, rows), ""]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -20,7 +20,9 @@ from ..errors import EPMQInputError
 from ..io.checkpoints import Checkpoint
 from ..io.folders import CARD_NAME, INDEX_NAME, check_file, list_folder, read_json, reason_of
 from ..io.hub import parse_hub_id
-from .card_facts import EVALUATION, REPORT, WHAT
+from ..report import PAGE_NAME, REPORT_NAME
+from .card_facts import WHAT
+from .page.retention import FILE_NAME as EVALUATION
 
 _CONFIGS = ("config.json", "quantize_config.json")
 _BESIDE = (
@@ -46,7 +48,7 @@ _BESIDE = (
 )
 _TEMPLATES = "additional_chat_templates"
 _LEGAL = re.compile(r"(LICEN[CS]E|NOTICE)([-_.]?\w+)?(\.(txt|md))?")
-_REPORTS = (REPORT, "epmq_report.html", EVALUATION)
+_REPORTS = (REPORT_NAME, PAGE_NAME, EVALUATION)
 # Lists of tokens: any string may be one, that of a path, too.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json", "vocab.txt")
 _TEXT = (".json", ".jinja", ".md", ".txt", ".html", ".py", "")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import regret_samples as samples
 import torch
 import yaml
 from huggingface_hub import ModelCard
@@ -15,7 +16,6 @@ from typer.testing import CliRunner
 
 from epmq_gptq import EPMQInputError, cli
 from epmq_gptq.publish.card import is_ours, model_card, write_card
-from epmq_gptq.publish.card_sections import kept_share
 from epmq_gptq.publish.markdown import code, plain
 from epmq_gptq.publish.upload_plan import check_card, check_private
 
@@ -221,29 +221,26 @@ def test_the_retention_table(tmp_path):
     assert "Nothing was evaluated" not in text
 
 
-@pytest.mark.parametrize(
-    ("expert", "quantized", "higher", "share"),
-    [(0.5, 0.4, True, 0.8), (4, 5, False, 0.8), (0, 1, True, None), (None, 1, True, None)],
-)
-def test_what_is_kept(expert, quantized, higher, share):
-    assert kept_share(expert, quantized, higher) == share
+def with_report(folder: Path, errors: dict[str, dict[str, float]]) -> None:
+    """A report of layers and their experts' errors after rounding."""
+    content = samples.report(list(errors), [])
+    for module in content["report"]["modules"]:
+        module["experts"] = {
+            name: {"rows": 8, "energy": 1.0, "merged": 0.02, "quantization": 0.01, "solved": 0.0}
+            | {"rounded": rounded}
+            for name, rounded in errors[module["module"]].items()
+        }
+    samples.write(folder, content)
 
 
 def test_the_errors_per_expert(tmp_path):
     folder = checkpoint(tmp_path / "out")
-
-    def figures(rounded):
-        return {"merged": 0.02, "quantization": 0.01, "solved": 0.0, "rounded": rounded}
-
-    modules = [
-        {"module": "a", "experts": {"math": figures(0.01), "code": figures(0.1)}},
-        {"module": "b", "experts": {"math": figures(0.03)}},
-        {"module": "c", "experts": {}},
-    ]
-    (folder / "epmq_report.json").write_text(json.dumps({"report": {"modules": modules}}))
+    with_report(folder, {"a": {"math": 0.01, "code": 0.1}, "b": {"math": 0.03}, "c": {}})
     told = section(model_card(folder), "Error per expert")
     assert "| math | 2 | 2.00 % | 1.00 % | 2.00 % | 3.00 % |" in told
     assert "| code | 1 | 2.00 % | 1.00 % | 10.00 % | 10.00 % |" in told
+    (folder / "epmq_report.json").write_text("{}")
+    assert "Error per expert" not in model_card(folder)
 
 
 # ---- licence and language ----------------------------------------------------------------------
@@ -385,9 +382,10 @@ def hostile(tmp_path):
     )
     folder = checkpoint(tmp_path / "out", made)
     score = dict(task=HOSTILE, metric=HOSTILE, higher_is_better=True, expert=1, quantized=1)
-    (folder / "epmq_evaluation.json").write_text(json.dumps({"experts": {HOSTILE: score}}))
-    modules = [{"module": HOSTILE, "experts": {HOSTILE: {"merged": 1, "rounded": "x"}}}]
-    (folder / "epmq_report.json").write_text(json.dumps({"report": {"modules": modules}}))
+    (folder / "epmq_evaluation.json").write_text(
+        json.dumps({"schema": 1, "experts": {HOSTILE: score}})
+    )
+    with_report(folder, {HOSTILE: {HOSTILE: 0.5}})
     return folder
 
 
