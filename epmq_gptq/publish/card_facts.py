@@ -22,7 +22,7 @@ from ..errors import EPMQInputError
 from ..experts.linears import Linear
 from ..io.checkpoints import Checkpoint
 from ..io.folders import read_json
-from ..report import ExpertError, read_report
+from ..run_report import ExpertError, read_report
 from .card_sources import Agreed, Part, agreed, parts_of
 from .markdown import code, plain
 from .page.retention import Retention, read_retention

@@ -20,7 +20,7 @@ from ..errors import EPMQInputError
 from ..io.checkpoints import Checkpoint
 from ..io.folders import CARD_NAME, INDEX_NAME, check_file, list_folder, read_json, reason_of
 from ..io.hub import parse_hub_id
-from ..report import PAGE_NAME, REPORT_NAME
+from ..run_report import PAGE_NAME, REPORT_NAME
 from .card_facts import WHAT
 from .page.retention import FILE_NAME as EVALUATION
 
