@@ -213,7 +213,8 @@ class Draft:
         """
         options = self._options(folder)
         calibration = options.pop("calibration", {})
-        if any(type(item) is RowSource for each in calibration.values() for item in each):
+        lists = [each for each in calibration.values() if isinstance(each, list)]
+        if any(type(item) is RowSource for each in lists for item in each):
             raise EPMQInputError(
                 "`--write-recipe`: `calibration` has rows that are in no file.",
                 code="EPMQ-O03",

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epmq_gptq.calibration.arguments import parse_calibration
 from epmq_gptq.commands.draft import Given, draft_of_merge
 from epmq_gptq.errors import EPMQInputError
 from epmq_gptq.merging.lineage import read_lineage
@@ -618,8 +619,9 @@ def test_paths_are_looked_up_here_and_beside_the_merge(folder, tmp_path, monkeyp
 
 
 def full(folder, **changes) -> Given:
-    calibration = ("math={file: m.jsonl, samples: 8}", f"code={folder / 'c.txt'}")
-    return Given(**{"calibration": calibration, "quantize": {"bits": 8}, "seed": 3} | changes)
+    words = ["math={file: m.jsonl, samples: 8}", f"code={folder / 'c.txt'}"]
+    options = {"calibration": parse_calibration(words), "quantize": {"bits": 8}, "seed": 3}
+    return Given(**options | changes)
 
 
 def test_the_recipe_holds_what_is_known_and_what_is_said(folder, tmp_path):
@@ -667,7 +669,9 @@ def test_what_is_missing_is_a_comment_in_the_file(folder, tmp_path):
 def test_a_folder_without_a_word_needs_every_expert_named(folder):
     with pytest.raises(EPMQInputError, match="`merged` does not say what it was merged from"):
         draft_of_merge(str(folder), Given())
-    draft = draft_of_merge(str(folder), Given(experts={"a": "org/a"}, calibration=("a=a.txt",)))
+    draft = draft_of_merge(
+        str(folder), Given(experts={"a": "org/a"}, calibration=parse_calibration(["a=a.txt"]))
+    )
     assert draft.lineage is None
     assert draft.recipe().experts == {"a": "org/a"}
 
@@ -678,7 +682,8 @@ def test_a_home_is_looked_up(folder, tmp_path, monkeypatch):
     (tmp_path / "home" / "math").mkdir(parents=True)
     (tmp_path / "home" / "rows.yaml").write_text("{math: m.jsonl, code: ~/c.txt}")
     given = Given(
-        calibration=("~/rows.yaml",), experts={"math": "~/math", "code": "~no-such-user/x"}
+        calibration=parse_calibration(["~/rows.yaml"]),
+        experts={"math": "~/math", "code": "~no-such-user/x"},
     )
     draft = draft_of_merge(str(mergekit(folder, TIES)), given)
     home = tmp_path / "home"
@@ -696,7 +701,7 @@ def test_a_file_with_the_whole_block(folder, tmp_path):
     block = {"math": {"file": "m.jsonl"}, "code": ["c.txt", {"dataset": "org/d", "samples": 3}]}
     for content in (block, {"calibration": block}):
         (tmp_path / "data" / "rows.yaml").write_text(yaml.safe_dump(content))
-        given = full(folder, calibration=(str(tmp_path / "data" / "rows.yaml"),))
+        given = full(folder, calibration=parse_calibration([str(tmp_path / "data" / "rows.yaml")]))
         recipe = draft_of_merge(str(mergekit(folder, TIES)), given).recipe()
         assert recipe.place(recipe.calibration["math"][0].file) == tmp_path / "data" / "m.jsonl"
         assert recipe.place(recipe.calibration["code"][0].file) == tmp_path / "data" / "c.txt"
@@ -706,11 +711,13 @@ def test_a_file_with_the_whole_block(folder, tmp_path):
 def test_one_source_for_all_experts(folder):
     """In braces as in a file."""
     block = "{dataset: org/d, expert_column: task, column: text, samples: 8}"
-    draft = draft_of_merge(str(mergekit(folder, TIES)), Given(calibration=(block,)))
+    draft = draft_of_merge(
+        str(mergekit(folder, TIES)), Given(calibration=parse_calibration([block]))
+    )
     assert draft.uncalibrated == []
     assert draft.recipe().calibration.expert_column == "task"
     block = "{math: m.txt, code: {file: a=b.txt}}"
-    draft = draft_of_merge(str(folder), Given(calibration=(block,)))
+    draft = draft_of_merge(str(folder), Given(calibration=parse_calibration([block])))
     assert draft.calibration["code"] == {"file": str(Path.cwd() / "a=b.txt")}
 
 
@@ -745,7 +752,9 @@ def test_one_source_for_all_experts(folder):
 )
 def test_calibration_on_the_command_line_is_checked(folder, calibration, code, parts):
     with pytest.raises(EPMQInputError) as caught:
-        draft_of_merge(str(mergekit(folder, TIES)), Given(calibration=tuple(calibration)))
+        draft_of_merge(
+            str(mergekit(folder, TIES)), Given(calibration=parse_calibration(calibration))
+        )
     assert not code or caught.value.code == code
     assert all(part in str(caught.value) for part in parts)
 
@@ -754,7 +763,7 @@ def test_a_person_is_asked_for_what_is_missing_only(folder, tmp_path):
     (tmp_path / "rows.txt").write_text("1 + 1 = 2")
     configuration = {"merge_method": "linear", "models": ["org/a", "./b"]}
     mergekit(folder, configuration)
-    draft = draft_of_merge(str(folder), Given(calibration=("a=rows.txt",)))
+    draft = draft_of_merge(str(folder), Given(calibration=parse_calibration(["a=rows.txt"])))
     answers = iter(["/no/such", "org/b", "nowhere.txt", "{samples: 3}", "rows.txt"])
     asked, refusals = [], []
 
