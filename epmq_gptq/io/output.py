@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import signal
+import stat
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from filelock import FileLock, Timeout
 
 from ..errors import EPMQError, EPMQInputError, EPMQWarning
 from .folders import cache_repository, reason_of
@@ -91,7 +92,7 @@ def check_output(
 
 def _lies_in(path: Path, folder: Path) -> bool:
     """Whether an absolute ``path`` is ``folder`` or in it, however the two are spelled."""
-    return any(_same(place, folder) for place in (path, *path.parents))
+    return any(_same(part, folder) for part in (path, *path.parents))
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -109,7 +110,7 @@ def check_writable(target: Path, *, option: str = "out") -> None:
     Raises:
         EPMQInputError: the nearest existing parent is read-only, or no folder.
     """
-    parent = next(place for place in target.parents if place.exists())
+    parent = next(path for path in target.parents if path.exists())
     probe = parent / _probe(target).name
     try:
         probe.mkdir()
@@ -141,8 +142,7 @@ def check_space(
     Raises:
         EPMQInputError: naming both numbers.
     """
-    folder = next(parent for parent in target.parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_existing(target)).free
     if free < needed:
         raise EPMQInputError(
             f"`{option}` should be on a disk with {needed:,} bytes free, got {free:,}.",
@@ -153,15 +153,15 @@ def check_space(
 
 
 class Need(NamedTuple):
-    """Bytes that a run writes to one place.
+    """Bytes that a run writes to one disk.
 
     Attributes:
-        place: absolute; something on the disk.
+        path: absolute; something on the disk.
         size: in bytes.
         what: how errors call what is written.
     """
 
-    place: Path
+    path: Path
     size: int
     what: str
 
@@ -174,10 +174,10 @@ def check_disks(needs: Iterable[Need], *, option: str, remedy: str) -> None:
     """
     disks: dict[int, list[Need]] = {}
     for need in needs:
-        disks.setdefault(_existing(need.place).stat().st_dev, []).append(need)
+        disks.setdefault(_existing(need.path).stat().st_dev, []).append(need)
     for members in disks.values():
         total = sum(need.size for need in members)
-        free = shutil.disk_usage(_existing(members[0].place)).free
+        free = shutil.disk_usage(_existing(members[0].path)).free
         if free < total:
             parts = ", ".join(f"{need.size:,} for {need.what}" for need in members)
             raise EPMQInputError(
@@ -188,17 +188,16 @@ def check_disks(needs: Iterable[Need], *, option: str, remedy: str) -> None:
             )
 
 
-def _existing(place: Path) -> Path:
-    return next(one for one in (place, *place.parents) if one.is_dir())
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.is_dir())
 
 
 @contextmanager
 def new_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """A hidden sibling that becomes ``target`` when the block ends well, else disappears.
+    """A hidden folder beside ``target`` that takes its name when the block ends well, else goes.
 
-    At every moment ``target`` is what stood there before or the finished folder, whole. Where the
-    system cannot exchange two folders in one step, a process that is killed between two renames
-    leaves the former one under a hidden name, and :func:`settle` puts it back.
+    What stood at ``target`` is kept aside until the new folder stands. A process that is killed
+    between these two renames leaves it there, and :func:`settle` puts it back.
 
     Args:
         target: absolute.
@@ -208,22 +207,27 @@ def new_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
         EPMQError: the disk ran full; nothing is left of what was written.
         EPMQInputError: another process writes there, or has written there meanwhile.
     """
-    missing = [place for place in target.parents if not place.exists()]
+    missing = [path for path in target.parents if not path.exists()]
     try:
-        with _stopped_by_sigterm(), _written(target) as partial:
-            yield partial
-            for file in [*partial.rglob("*"), partial]:
-                _sync(file)
-            _move(partial, target, overwrite)
-            _sync(target.parent)
+        with _ended_by_sigterm(), claimed(hidden(target, "partial"), target) as partial:
+            _settle_former(target)
+            try:
+                yield partial
+                for file in [*partial.rglob("*"), partial]:
+                    _sync(file)
+                _rename(partial, target, overwrite)
+                _sync(target.parent)
+            finally:
+                with contextlib.suppress(OSError):  # the next save tries again
+                    _settle_former(target)
     except Exception as error:
         if not ran_full(error):
             raise
         raise full_disk(target, error) from error
     finally:
         with contextlib.suppress(OSError):  # one that holds something stays
-            for place in missing:
-                place.rmdir()
+            for path in missing:
+                path.rmdir()
 
 
 def settle(target: Path) -> None:
@@ -237,90 +241,78 @@ def settle(target: Path) -> None:
     """
     if not target.name:  # the root
         return
-    merge = hidden(target, "merge")
-    if merge.exists():
-        with contextlib.suppress(EPMQInputError), claimed(merge, target):  # ours, or another run's
+    partial, former, merge = (hidden(target, state) for state in ("partial", "former", "merge"))
+    if merge.exists() or _lock_file(merge).exists():
+        # That of a run that goes on stays.
+        with contextlib.suppress(EPMQInputError), claimed(merge, target):
             pass
-    if any(hidden(target, kind).exists() for kind in ("partial", "former")):
-        with _written(target):
-            pass
+    if any(os.path.lexists(path) for path in (partial, former, _lock_file(partial))):
+        with claimed(partial, target):
+            _settle_former(target)
 
 
 @contextmanager
 def claimed(folder: Path, target: Path) -> Iterator[Path]:
-    """A folder that only this process writes to, empty; whatever is there at the end goes.
+    """An empty folder that only this process writes to; whatever is in it at the end goes.
 
-    Its name is the same for all, and who holds the lock of the folder itself owns it: the system
-    drops a lock with the process that held it, so that a folder without one is of a dead process.
+    The lock is a file beside it; the system drops it with the process, however that ends.
 
     Args:
         folder: hidden, see :func:`hidden`.
         target: what it is written for; named in the error.
 
     Raises:
-        EPMQInputError: another process has it.
+        EPMQInputError: another process has it, or it is not of a run of this user.
     """
-    descriptor = _own(folder, target)
-    try:
-        _empty(folder)
-        yield folder
-    finally:
-        # Whatever stopped the run, an interrupt included, leaves nothing behind.
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+    with _locked(folder, target):
+        if _is_ours(folder):
+            shutil.rmtree(folder)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            # Whatever stopped the run, an interrupt included, leaves nothing behind.
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _written(target: Path) -> Iterator[Path]:
-    """The folder in which ``target`` is made, and beside it nothing that was cut off earlier."""
-    former = hidden(target, "former")
-    # After an exchange this folder is what stood at the target before.
-    with claimed(hidden(target, "partial"), target) as partial:
-        _put_back(former, target)
-        try:
-            yield partial
-        finally:
-            if target.exists():
-                shutil.rmtree(former, ignore_errors=True)
+def _locked(folder: Path, target: Path) -> Iterator[None]:
+    file = _lock_file(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise EPMQInputError(
+            f"another process is writing to `{target.name}` now.",
+            code="EPMQ-F45",
+            subject=f"`{target.name}`",
+            remedy="Wait for it, or choose another folder.",
+        ) from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
-def _own(folder: Path, target: Path) -> int:
-    """Make the folder or take over a dead process's; its locked descriptor."""
-    while True:
-        made = True
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            made = False
-        try:
-            descriptor = _locked(folder)
-        except FileNotFoundError:  # its owner ended between the two calls
-            continue
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-                raise
-            raise _strange(folder) from error
-        if descriptor is None:
-            raise EPMQInputError(
-                f"another process is writing to `{target.name}` now.",
-                code="EPMQ-F45",
-                subject=f"`{target.name}`",
-                remedy="Wait for it, or choose another folder.",
-            )
-        state = os.fstat(descriptor)
-        with contextlib.suppress(FileNotFoundError):
-            # Not one that was moved to its name or removed while we waited.
-            if os.path.samestat(state, os.lstat(folder)):
-                if made or state.st_uid == os.geteuid():
-                    return descriptor
-                os.close(descriptor)
-                raise _strange(folder)
-        os.close(descriptor)
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
 
 
-def _strange(folder: Path) -> EPMQInputError:
-    # Emptying what others put there, in a place that all may write to, could empty anything.
-    return EPMQInputError(
+def _is_ours(folder: Path) -> bool:
+    """Whether a run of this user left it; False where nothing is there.
+
+    Raises:
+        EPMQInputError: in a place where all may write, somebody else put it there.
+    """
+    try:
+        state = os.lstat(folder)
+    except FileNotFoundError:
+        return False
+    if stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid():
+        return True
+    raise EPMQInputError(
         f"`{folder.name}` is no folder of a run of yours.",
         code="EPMQ-F45",
         subject=f"`{folder.name}`",
@@ -328,24 +320,33 @@ def _strange(folder: Path) -> EPMQInputError:
     )
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor of a folder that holds its lock; None where another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def _rename(partial: Path, target: Path, overwrite: bool) -> None:
+    """Give the finished folder its name; what stood there is moved aside before."""
+    former = hidden(target, "former")
+    if overwrite and target.exists():
+        os.replace(target, former)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        pass  # a file system without locks: two writers at once are not told apart there
-    return descriptor
+        os.replace(partial, target)  # in the place of an empty one, too
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise EPMQInputError(
+            f"something was written to `{target.name}` during the run.",
+            code="EPMQ-F45",
+            subject=f"`{target.name}`",
+            remedy="Save to another folder, or let it be replaced (`overwrite=True`, "
+            "`--overwrite`).",
+        ) from error
+    shutil.rmtree(former, ignore_errors=True)
 
 
-def _put_back(former: Path, target: Path) -> None:
-    if not former.is_dir() or former.is_symlink():
+def _settle_former(target: Path) -> None:
+    """Remove the folder that was moved aside, or put it back where no new one stands."""
+    former = hidden(target, "former")
+    if not _is_ours(former):
         return
-    if target.exists():  # killed while it removed the former one
-        shutil.rmtree(former, ignore_errors=True)
+    if target.exists():
+        shutil.rmtree(former)
         return
     os.replace(former, target)
     warnings.warn(
@@ -358,67 +359,7 @@ def _put_back(former: Path, target: Path) -> None:
     )
 
 
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _move(partial: Path, target: Path, overwrite: bool) -> None:
-    """Give the finished folder its name."""
-    if not overwrite or not target.exists():
-        try:
-            os.replace(partial, target)  # in the place of an empty one, too
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            raise EPMQInputError(
-                f"something was written to `{target.name}` during the run.",
-                code="EPMQ-F45",
-                subject=f"`{target.name}`",
-                remedy="Save to another folder, or let it be replaced (`overwrite=True`, "
-                "`--overwrite`).",
-            ) from error
-        return
-    # The one that goes is locked as well: under the hidden name it looks like a dead process's.
-    descriptor = None
-    with contextlib.suppress(OSError):  # one that may not be read
-        descriptor = _locked(target)
-    try:
-        if _exchange(partial, target):
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            _move_aside(partial, target)
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _move_aside(partial: Path, target: Path) -> None:
-    former = hidden(target, "former")
-    try:
-        os.replace(target, former)
-        os.replace(partial, target)
-    except BaseException:  # an interrupt between the two as well
-        if former.exists() and not target.exists():
-            os.replace(former, target)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders have each other's name in one step; False where the system cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):  # not Linux, or a libc without it
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def _stopped_by_sigterm() -> contextlib.AbstractContextManager[None]:
+def _ended_by_sigterm() -> contextlib.AbstractContextManager[None]:
     """Within, SIGTERM ends the process by an exception, so that it clears up behind itself.
 
     Where somebody handles the signal already, it is left to them.
@@ -476,7 +417,7 @@ def _has_number(error: Exception, numbers: Sequence[int]) -> bool:
 
 
 def hidden(target: Path, state: str) -> Path:
-    """Where a folder for ``target`` is while it is not at its place."""
+    """The hidden path beside ``target`` of a folder that is "partial", "former" or "merge"."""
     return target.with_name(f".{target.name}.{state}")
 
 

@@ -60,15 +60,11 @@ def hurt(moment: str, signum: int) -> None:
         before(saving, "verify_checkpoint")
     elif moment == "it is flushed":
         before(output, "_sync")
-    elif moment == "just before the exchange":
-        before(output, "_exchange")
-    elif moment == "just after the exchange":
-        before(output.shutil, "rmtree")
+    elif moment == "just before the two renames":
+        before(output.os, "replace", lambda source, _: Path(source).name == "out")
     elif moment == "between the two renames":
-        output._exchange = lambda one, other: False
         before(output.os, "replace", lambda source, _: Path(source).name == ".out.partial")
     elif moment == "after the two renames":
-        output._exchange = lambda one, other: False
         before(output.shutil, "rmtree")
 
 

@@ -149,73 +149,44 @@ def test_what_stood_there_is_replaced_only_by_what_is_complete(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(RuntimeError), new_folder(target) as staging:
-        (staging / "new").write_text("half")
+    with pytest.raises(RuntimeError), new_folder(target) as partial:
+        (partial / "new").write_text("half")
         raise RuntimeError("killed")
     assert [path.name for path in target.iterdir()] == ["old"]
-    with new_folder(target) as staging:
-        (staging / "new").write_text("whole")
+    with new_folder(target) as partial:
+        (partial / "new").write_text("whole")
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_folders_that_were_made_on_the_way_go_as_well(tmp_path):
     (tmp_path / "runs").mkdir()
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "runs" / "a" / "b") as staging:
-        (staging / "x").touch()
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "runs" / "a" / "b") as partial:
+        (partial / "x").touch()
         raise KeyboardInterrupt
     assert list((tmp_path / "runs").iterdir()) == []
-    with new_folder(tmp_path / "runs" / "a" / "b") as staging:
-        (staging / "x").touch()
+    with new_folder(tmp_path / "runs" / "a" / "b") as partial:
+        (partial / "x").touch()
     assert (tmp_path / "runs" / "a" / "b" / "x").is_file()
 
 
-def test_a_failed_move_puts_the_old_folder_back(tmp_path, monkeypatch):
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").touch()
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_name(
+    tmp_path, monkeypatch, error
+):
+    target = _holding(tmp_path / "target")
     real = os.replace
 
     def replace(source, destination):
         if str(source).endswith(".partial"):
-            raise OSError(5, "Input/output error")
+            raise error
         real(source, destination)
 
-    monkeypatch.setattr(output, "_exchange", lambda one, other: False)
     monkeypatch.setattr(output.os, "replace", replace)
-    with pytest.raises(OSError, match="Input/output error"), new_folder(target) as staging:
-        (staging / "new").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["target", "old"]
-
-
-@pytest.mark.parametrize("exchanges", [True, False])
-def test_an_interrupt_at_the_move_leaves_the_old_or_the_new_folder(
-    tmp_path, monkeypatch, exchanges
-):
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").touch()
-    real = os.replace
-
-    def replace(source, destination):
-        real(source, destination)
-        raise KeyboardInterrupt
-
-    if not exchanges:
-        monkeypatch.setattr(output, "_exchange", lambda one, other: False)
-        monkeypatch.setattr(output.os, "replace", replace)
-    with contextlib.suppress(KeyboardInterrupt), new_folder(target) as staging:
-        (staging / "new").touch()
-    (left,) = target.iterdir()
-    assert left.name == ("new" if exchanges else "old")
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_two_folders_are_exchanged_in_one_step(tmp_path):
-    if not output._exchange(*map(_holding, (tmp_path / "a", tmp_path / "b"))):
-        pytest.skip("this system cannot")
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
-    assert not output._exchange(tmp_path / "a", tmp_path / "absent")
+    with pytest.raises(type(error)), pytest.warns(match="that one was put back"):
+        with new_folder(target) as partial:
+            (partial / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "target"]
 
 
 def _holding(folder):
@@ -227,8 +198,8 @@ def _holding(folder):
 def test_what_was_written_meanwhile_is_not_replaced_unasked(tmp_path):
     target = tmp_path / "target"
     with pytest.raises(EPMQInputError, match="was written to `target` during the run") as caught:
-        with new_folder(target, overwrite=False) as staging:
-            (staging / "mine").touch()
+        with new_folder(target, overwrite=False) as partial:
+            (partial / "mine").touch()
             _holding(target)
     assert caught.value.code == "EPMQ-F45"
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "target"]
@@ -239,8 +210,8 @@ def test_what_was_written_meanwhile_is_not_replaced_unasked(tmp_path):
 
 def test_a_folder_that_is_being_written_belongs_to_one_writer(tmp_path):
     target = tmp_path / "target"
-    with new_folder(target) as staging:
-        (staging / "mine").touch()
+    with new_folder(target) as partial:
+        (partial / "mine").touch()
         with pytest.raises(EPMQInputError, match="another process is writing to `target` now"):
             check_output(target, {}, True)
         with pytest.raises(EPMQInputError, match="another process"), new_folder(target):
@@ -253,6 +224,7 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path):
         tmp_path / n for n in ("target", ".target.partial", ".target.former")
     )
     _holding(partial)
+    (tmp_path / ".target.partial.lock").touch()
     _holding(tmp_path / ".target.merge")
     settle(target)
     assert list(tmp_path.iterdir()) == []
@@ -271,18 +243,18 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path):
     _holding(former)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with new_folder(target) as staging:
-            (staging / "new").touch()
+        with new_folder(target) as partial:
+            (partial / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "new"]
 
 
 def test_leftovers_that_cannot_be_removed_are_an_error_of_ours(tmp_path, monkeypatch):
     _holding(tmp_path / ".target.partial")
 
-    def refuse(folder):
+    def refuse(folder, **_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(output, "_empty", refuse)
+    monkeypatch.setattr(output.shutil, "rmtree", refuse)
     with pytest.raises(EPMQInputError, match="cannot be cleared up: Permission denied"):
         check_output(tmp_path / "target", {}, False)
 
@@ -293,8 +265,8 @@ def test_links_in_the_place_of_leftovers_are_not_followed(tmp_path, state):
     precious = _holding(tmp_path / "precious")
     link = tmp_path / f".target.{state}"
     link.symlink_to(precious)
-    with contextlib.suppress(EPMQInputError), new_folder(tmp_path / "target") as staging:
-        (staging / "new").touch()
+    with contextlib.suppress(EPMQInputError), new_folder(tmp_path / "target") as partial:
+        (partial / "new").touch()
     with contextlib.suppress(EPMQInputError), output.claimed(link, tmp_path / "target"):
         pass
     assert [path.name for path in precious.iterdir()] == ["precious"]
@@ -311,26 +283,13 @@ def test_a_folder_of_somebody_else_is_not_emptied(tmp_path, monkeypatch):
     with pytest.raises(EPMQInputError, match="is no folder of a run of yours"):
         settle(tmp_path / "target")
     assert list((tmp_path / ".target.partial").iterdir()) != []
-    with new_folder(tmp_path / "other") as staging:  # of which it is the maker, whoever that is
-        (staging / "new").touch()
-
-
-def test_without_locks_it_works_as_well(tmp_path, monkeypatch):
-    """Some network file systems have none."""
-
-    def refuse(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(output.fcntl, "flock", refuse)
-    for name in ("one", "two"):
-        with new_folder(tmp_path / "target") as staging:
-            (staging / name).touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["target", "two"]
+    with new_folder(tmp_path / "other") as partial:  # of which it is the maker, whoever that is
+        (partial / "new").touch()
 
 
 def test_sigterm_is_an_exception_only_while_something_is_written(tmp_path):
-    with pytest.raises(SystemExit) as caught, new_folder(tmp_path / "target") as staging:
-        (staging / "half").touch()
+    with pytest.raises(SystemExit) as caught, new_folder(tmp_path / "target") as partial:
+        (partial / "half").touch()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
     assert caught.value.code == 143 and list(tmp_path.iterdir()) == []
@@ -352,8 +311,8 @@ class SafetensorError(Exception):
 )
 def test_a_disk_that_runs_full_is_said_to_be_full(tmp_path, error):
     with pytest.raises(EPMQError, match="the disk of `out` ran full") as caught:
-        with new_folder(tmp_path / "new" / "out") as staging:
-            (staging / "model.safetensors").touch()
+        with new_folder(tmp_path / "new" / "out") as partial:
+            (partial / "model.safetensors").touch()
             raise error
     assert caught.value.code == "EPMQ-F44" and caught.value.__cause__ is error
     assert list(tmp_path.iterdir()) == []
