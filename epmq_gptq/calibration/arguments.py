@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import EPMQInputError
-from ..io.yaml_files import parse_yaml, resolve_path
+from ..io.yaml_files import parse_yaml, read_data, resolve_path
 from .sources import DATA_FREE, given_sources, recipe_calibration
 
 
@@ -36,26 +36,18 @@ def parse_calibration(values: Sequence[str]) -> dict[str, Any]:
     return block
 
 
-def _written(text: str) -> dict[str, Any]:
+def _written(text: str, experts: Sequence[str]) -> dict[str, Any]:
     try:
         block = parse_yaml(text)
     except EPMQInputError as error:
         raise error.within("`--calibration`") from error
-    return _checked(block, Path.cwd(), "`{...}`")
+    return _checked(block, Path.cwd(), "`{...}`", experts)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, experts: Sequence[str]) -> dict[str, Any]:
     file = resolve_path(str(file), Path())
-    try:
-        block = parse_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise _wrong(
-            f"`{file.name}` cannot be read: {reason}", "Give name=FILE, or a YAML file."
-        ) from error
-    except EPMQInputError as error:
-        raise error.within(f"`--calibration {file.name}`") from error
-    return _checked(block, file.parent, f"`{file.name}`")
+    block = read_data(file, f"`--calibration {file.name}`", parse_yaml)
+    return _checked(block, file.parent, f"`{file.name}`", experts)
 
 
 def _checked(block: Any, folder: Path, what: str) -> dict[str, Any]:
@@ -123,15 +115,19 @@ def parse_source(name: str, value: str) -> Any:
         raise error.within(f"`--calibration {name}`") from error
 
 
-def _absolute(source: Any, folder: Path) -> Any:
-    """A source whose file is an absolute path."""
+def _with_files(source: Any, change: Callable[[str], str]) -> Any:
+    """A source with the names of its files changed."""
     if isinstance(source, str) and source != DATA_FREE:
-        return str(resolve_path(source, folder).absolute())
+        return change(source)
     if isinstance(source, Mapping) and isinstance(source.get("file"), str):
-        return {**source, "file": _absolute(source["file"], folder)}
+        return {**source, "file": change(source["file"])}
     if isinstance(source, list):
-        return [_absolute(item, folder) for item in source]
+        return [_with_files(item, change) for item in source]
     return source
+
+
+def _absolute(source: Any, folder: Path) -> Any:
+    return _with_files(source, lambda file: str(resolve_path(file, folder).absolute()))
 
 
 def check_source(name: str, value: str) -> Any:
@@ -153,11 +149,10 @@ def check_source(name: str, value: str) -> Any:
 
 def moved_source(source: Any, folder: Path) -> Any:
     """A source as a file of ``folder`` writes it: what lies in it is relative."""
-    if isinstance(source, str) and source != DATA_FREE and Path(source).is_absolute():
-        path, folder = Path(source), folder.absolute()
-        return os.path.relpath(path, folder) if path.is_relative_to(folder) else source
-    if isinstance(source, Mapping) and isinstance(source.get("file"), str):
-        return {**source, "file": moved_source(source["file"], folder)}
-    if isinstance(source, list):
-        return [moved_source(item, folder) for item in source]
-    return source
+    folder = folder.absolute()
+
+    def moved(file: str) -> str:
+        inside = Path(file).is_absolute() and Path(file).is_relative_to(folder)
+        return os.path.relpath(file, folder) if inside else file
+
+    return _with_files(source, moved)

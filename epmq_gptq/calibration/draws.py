@@ -129,16 +129,16 @@ def _read(
         what = f"calibration of expert `{expert}`"
     else:
         what = f"`calibration.{expert}`: `{source.label}`"
-    found = find_rows(source, what, f"expert `{expert}`", folder, form)
-    return _chosen(found, range(len(found.data)), what, _draw(source, expert, seed, index))
+    found = find_rows(source, Where(what, f"expert `{expert}`"), folder, form)
+    return _chosen(found, range(len(found.data)), found.at, _draw(source, expert, seed, index))
 
 
-def _chosen(found: Found, indices: Sequence[int], what: str, draw: random.Random) -> RowSet:
+def _chosen(found: Found, indices: Sequence[int], at: Where, draw: random.Random) -> RowSet:
     """As many of these rows as the source asks for."""
     if not indices:
-        raise _no_rows(what, found.subject)
+        raise at.bad(*_NO_ROWS)
     if found.many:
-        return _chosen_of_many(found, indices, what, draw)
+        return _chosen_of_many(found, indices, at, draw)
     source = found.source
     # All of them, also those that are not drawn: a bad row is better known today than with
     # another seed.
@@ -147,12 +147,12 @@ def _chosen(found: Found, indices: Sequence[int], what: str, draw: random.Random
         order = rows if source.samples is None else draw.sample(rows, len(rows))
         return RowSet(source, order, len(rows))
     wanted = len(rows) if source.samples is None else source.samples
-    _check_enough(what, wanted, len(rows), found.subject)
+    _check_enough(at, wanted, len(rows))
     chosen = sorted(draw.sample(range(len(rows)), wanted))
     return RowSet(source, [rows[i] for i in chosen], len(rows))
 
 
-def _chosen_of_many(found: Found, indices: Sequence[int], what: str, draw: random.Random) -> RowSet:
+def _chosen_of_many(found: Found, indices: Sequence[int], at: Where, draw: random.Random) -> RowSet:
     source, order = found.source, list(indices)
     if source.samples is not None:
         draw.shuffle(order)
@@ -169,30 +169,20 @@ def _chosen_of_many(found: Found, indices: Sequence[int], what: str, draw: rando
         if len(chosen) == source.samples:
             break
     if not chosen:
-        raise _no_rows(what, found.subject)
+        raise at.bad(*_NO_ROWS)
     split = f" in split `{source.split or 'train'}`" if source.dataset is not None else ""
     note = split + (f" besides {blank} blank" if blank else "")
-    _check_enough(what, source.samples or len(chosen), len(chosen), found.subject, note)
+    _check_enough(at, source.samples or len(chosen), len(chosen), note)
     return RowSet(source, [chosen[index] for index in sorted(chosen)], len(order), blank)
 
 
-def _no_rows(what: str, subject: str) -> EPMQInputError:
-    return EPMQInputError(
-        f"{what} is empty: it holds no rows.",
-        code="EPMQ-F22",
-        subject=subject,
-        remedy="Give rows of that expert's own task.",
-    )
+_NO_ROWS = ("it holds no rows", "Give rows of that expert's own task.", "EPMQ-F22")
 
 
-def _check_enough(what: str, wanted: int, found: int, subject: str, note: str = "") -> None:
+def _check_enough(at: Where, wanted: int, found: int, note: str = "") -> None:
     if found < wanted:
-        raise EPMQInputError(
-            f"{what}: `samples` asks for {wanted} rows, there are {found}{note}.",
-            code="EPMQ-F24",
-            subject=subject,
-            remedy="Add rows or lower `samples`.",
-        )
+        cause = f"`samples` asks for {wanted} rows, there are {found}{note}"
+        raise at.bad(cause, "Add rows or lower `samples`.", "EPMQ-F24")
 
 
 # ---- one source for several experts ------------------------------------------------------------
@@ -202,22 +192,21 @@ def _read_tagged(
     source: TaggedSource, experts: Sequence[str], seed: int, folder: Path, form: RowForm
 ) -> dict[str, list[RowSet]]:
     what = "`calibration`" if source.rows is not None else f"`calibration`: `{source.label}`"
-    found = find_rows(source, what, "`calibration`", folder, form)
+    found = find_rows(source, Where(what, "`calibration`"), folder, form)
     indices = _indices(source, found, experts)
     empty = [name for name in experts if not indices[name]]
     if empty:
-        raise EPMQInputError(
-            f"{what}: no row of column `{source.expert_column}` is of {listed(empty)}.",
-            code="EPMQ-F22",
-            subject=f"expert `{empty[0]}`",
-            remedy="Add rows, map other values with `experts_by_value`, or name the expert under "
+        raise Where(what, f"expert `{empty[0]}`").bad(
+            f"no row of column `{source.expert_column}` is of {listed(empty)}",
+            "Add rows, map other values with `experts_by_value`, or name the expert under "
             "`data_free`.",
+            "EPMQ-F22",
         )
     sets = {}
     for name in experts:
-        own = replace(found, subject=f"expert `{name}`")
-        draw = _draw(source, name, seed)
-        sets[name] = [_chosen(own, indices[name], f"{what}, expert `{name}`", draw)]
+        own = replace(found, at=Where(what, f"expert `{name}`"))
+        at = Where(f"{what}, expert `{name}`", f"expert `{name}`")
+        sets[name] = [_chosen(own, indices[name], at, _draw(source, name, seed))]
     return sets
 
 
@@ -239,12 +228,11 @@ def _indices(source: TaggedSource, found: Found, experts: Sequence[str]) -> dict
             others[str(value)] = others.get(str(value), 0) + 1
     if others and source.other_values == "refuse":
         counts = ", ".join(f"`{value[:80]}` ({n} rows)" for value, n in list(others.items())[:20])
-        raise EPMQInputError(
-            f"{found.what}: column `{source.expert_column}` holds values that are none of the "
-            f"experts {listed(experts)}: {counts}.",
-            code="EPMQ-F21",
-            subject=f"`{source.expert_column}`",
-            remedy="Map them with `experts_by_value`, or set `other_values: ignore`.",
+        raise found.at._replace(subject=f"`{source.expert_column}`").bad(
+            f"column `{source.expert_column}` holds values that are none of the experts "
+            f"{listed(experts)}: {counts}",
+            "Map them with `experts_by_value`, or set `other_values: ignore`.",
+            "EPMQ-F21",
         )
     return indices
 
@@ -255,7 +243,7 @@ def _tags(source: TaggedSource, found: Found) -> Iterable[Any]:
     if found.many:
         names = found.data.column_names
         if column not in names:
-            raise _no_column(source, Where(found.what, "`expert_column`"), names)
+            raise _no_column(source, found.at._replace(subject="`expert_column`"), names)
         yield from found.data[column]
         return
     for index, data in enumerate(found.data):

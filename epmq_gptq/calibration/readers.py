@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import EPMQInputError
 from ..io.declared import conflict, shown
 from ..io.yaml_files import exists, resolve_path
 from .rows import PAIRS, Keys, Row, RowForm, Where, are_ids
@@ -26,8 +25,7 @@ class Found:
     Attributes:
         data: the rows as they were found.
         source: where they come from.
-        what: the source, for errors.
-        subject: the expert, for errors.
+        at: the source and the expert, for errors.
         form: what a row may be.
         unit: what a row is called: line, paragraph, row.
         numbers: of the rows where they are not 0, 1, …: blank lines count in a file.
@@ -37,8 +35,7 @@ class Found:
 
     data: Sequence[Any]
     source: RowSource
-    what: str
-    subject: str
+    at: Where
     form: RowForm
     unit: str = "row"
     numbers: list[int] | None = None
@@ -48,7 +45,7 @@ class Found:
     def where(self, index: int) -> Where:
         """What errors call the row with this index."""
         number = self.numbers[index] if self.numbers else index
-        return Where(f"{self.what}, {self.unit} {number}", self.subject)
+        return self.at._replace(place=f"{self.at.place}, {self.unit} {number}")
 
     def row(self, index: int) -> Row | None:
         """The checked row; None where it is blank and may be.
@@ -70,40 +67,35 @@ class Found:
         return row
 
 
-def find_rows(source: RowSource, what: str, subject: str, folder: Path, form: RowForm) -> Found:
+def find_rows(source: RowSource, at: Where, folder: Path, form: RowForm) -> Found:
     """What a source holds, as rows of a form.
 
     Args:
         source: where the rows come from.
-        what: how errors call it.
-        subject: the expert, for errors.
+        at: how errors call it and the expert.
         folder: what relative paths are relative to.
         form: what a row may be.
 
     Raises:
         EPMQInputError: it cannot be had, or is of another format.
     """
-    _check_form(source, form, what, subject)
+    _check_form(source, form, at)
     beside = folder if source.file is None else resolve_path(source.file, folder).parent
-    found = Found((), source, what, subject, form, folder=beside)
+    found = Found((), source, at, form, folder=beside)
     if source.dataset is not None:
-        return _table(found, _load_dataset(source, what, subject, folder))
+        return _table(found, _load_dataset(source, at, folder))
     if source.rows is not None:
         return _given(found)
     path = resolve_path(source.file, folder)
-    _check_file(source, path, what, subject)
+    _check_file(source, path, at)
     if source.suffix in PARQUET:
         return replace(found, data=_parquet(found, path))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise EPMQInputError(
-            f"{what} is not readable as UTF-8 text: {reason}.",
-            code="EPMQ-F32",
-            subject=subject,
-            remedy="Save it as UTF-8.",
-        ) from error
+        cause = f"it is not readable as UTF-8 text: {reason}"
+        raise at.bad(cause, "Save it as UTF-8.") from error
     if source.suffix in JSON_LINES:
         return _json_lines(found, text)
     parts = [
@@ -115,27 +107,25 @@ def find_rows(source: RowSource, what: str, subject: str, folder: Path, form: Ro
     return replace(found, data=data, unit=source.unit, numbers=[number for number, _ in parts])
 
 
-def _check_form(source: RowSource, form: RowForm, what: str, subject: str) -> None:
+def _check_form(source: RowSource, form: RowForm, at: Where) -> None:
     """Refuse options that mean nothing for rows of this form."""
     if source.is_text_file and not form.from_text:
-        raise EPMQInputError(
-            f"{what} is a text file, and this model reads {form.name}.",
-            code="EPMQ-F32",
-            subject=subject,
-            remedy="Give a .jsonl or .parquet file, a dataset, or the rows themselves.",
+        raise at.bad(
+            f"it is a text file, and this model reads {form.name}",
+            "Give a .jsonl or .parquet file, a dataset, or the rows themselves.",
         )
     if source.concat and not form.from_text:
         cause = f"joins texts, and this model reads {form.name}"
-        raise conflict("concat", cause, "Leave it out.").within(what)
+        raise conflict("concat", cause, "Leave it out.").within(at.place)
     if source.target_column is not None and form is not PAIRS:
         cause = f"is for pairs of texts, and this model reads {form.name}"
-        raise conflict("target_column", cause, "Leave it out.").within(what)
+        raise conflict("target_column", cause, "Leave it out.").within(at.place)
 
 
 # ---- files -------------------------------------------------------------------------------------
 
 
-def _check_file(source: RowSource, path: Path, what: str, subject: str) -> None:
+def _check_file(source: RowSource, path: Path, at: Where) -> None:
     named = public_path(source.file)
     if not exists(path) or not path.is_file():
         remedy = "A path in a recipe starts at the recipe's folder."
@@ -145,20 +135,10 @@ def _check_file(source: RowSource, path: Path, what: str, subject: str) -> None:
             remedy = "It is a folder: list its files."
         elif not path.suffix:
             remedy += f" A dataset is `{{dataset: {named}, samples: 128}}`."
-        raise EPMQInputError(
-            f"{what}: there is no file `{named[:80]}`.",
-            code="EPMQ-F22",
-            subject=subject,
-            remedy=remedy,
-        )
+        raise at.bad(f"there is no file `{named[:80]}`", remedy, "EPMQ-F22")
     if source.suffix in OTHER_FORMATS:
-        raise EPMQInputError(
-            f"{what} is neither text nor .jsonl nor .parquet.",
-            code="EPMQ-F32",
-            subject=subject,
-            remedy=f"Read it with `{{dataset: {OTHER_FORMATS[source.suffix]}, data_files: "
-            f"{named}, samples: 128}}`.",
-        )
+        options = f"dataset: {OTHER_FORMATS[source.suffix]}, data_files: {named}, samples: 128"
+        raise at.bad("it is neither text nor .jsonl nor .parquet", f"Read it with `{{{options}}}`.")
 
 
 def _parts(text: str, unit: str) -> Iterable[str]:
@@ -216,12 +196,8 @@ def _parquet(found: Found, path: Path) -> Sequence[Any]:
         names = pyarrow.parquet.read_schema(path).names
         table = pyarrow.parquet.read_table(path, columns=_needed(found, names))
     except (pyarrow.ArrowException, OSError) as error:
-        raise EPMQInputError(
-            f"{found.what} is not readable as a Parquet file: {_reason(error)}.",
-            code="EPMQ-F32",
-            subject=found.subject,
-            remedy="Write it again.",
-        ) from error
+        cause = f"it is not readable as a Parquet file: {_reason(error)}"
+        raise found.at.bad(cause, "Write it again.") from error
     # To find a row takes time with the number of chunks, one for every group of rows of the file.
     return _ParquetRows(table.combine_chunks())
 
@@ -229,7 +205,7 @@ def _parquet(found: Found, path: Path) -> Sequence[Any]:
 # ---- datasets and memory -----------------------------------------------------------------------
 
 
-def _load_dataset(source: RowSource, what: str, subject: str, folder: Path) -> Sequence[Any]:
+def _load_dataset(source: RowSource, at: Where, folder: Path) -> Sequence[Any]:
     import datasets
 
     paths: dict[str, str] = {}
@@ -261,12 +237,8 @@ def _load_dataset(source: RowSource, what: str, subject: str, folder: Path) -> S
         reason = _reason(error)
         for path, public in paths.items():
             reason = reason.replace(path, public)
-        raise EPMQInputError(
-            f"{what}: the dataset could not be loaded: {reason}.",
-            code="EPMQ-F22",
-            subject=subject,
-            remedy="Check `dataset`, `config`, `split` and `revision`, or give a `file`.",
-        ) from error
+        remedy = "Check `dataset`, `config`, `split` and `revision`, or give a `file`."
+        raise at.bad(f"the dataset could not be loaded: {reason}", remedy, "EPMQ-F22") from error
 
 
 def _reason(error: Exception) -> str:
@@ -287,21 +259,12 @@ def _given(found: Found) -> Found:
         return _table(found, rows)
     remedy = _in_a_list(rows)
     if remedy is not None:
-        raise EPMQInputError(
-            f"{found.what} should be a list of rows, got {type(rows).__name__}.",
-            code="EPMQ-F32",
-            subject=found.subject,
-            remedy=remedy,
-        )
+        raise found.at.bad(f"should be a list of rows, got {type(rows).__name__}", remedy)
     listed = rows.tolist() if getattr(rows, "ndim", None) == 1 else list(rows)
     if are_ids(listed):
-        raise EPMQInputError(
-            f"{found.what} is one list of token ids, where a list of rows should be.",
-            code="EPMQ-F32",
-            subject=found.subject,
-            remedy=f"Write `[{shown([int(value) for value in listed[:3]])}]` for one row of these "
-            "ids.",
-        )
+        row = shown([int(value) for value in listed[:3]])
+        cause = "it is one list of token ids, where a list of rows should be"
+        raise found.at.bad(cause, f"Write `[{row}]` for one row of these ids.")
     return replace(found, data=listed)
 
 

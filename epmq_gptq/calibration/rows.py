@@ -17,15 +17,15 @@ from ..io.declared import shown
 
 
 class Where(NamedTuple):
-    """Where a row was found and whose it is, for errors."""
+    """Where rows or a row were found and whose they are, for errors."""
 
     place: str
     subject: str
 
-    def bad(self, cause: str, remedy: str) -> EPMQInputError:
-        """The error of a row that cannot be used."""
+    def bad(self, cause: str, remedy: str, code: str = "EPMQ-F32") -> EPMQInputError:
+        """The error of a row, or of a source of rows, that cannot be used."""
         return EPMQInputError(
-            f"{self.place}: {cause}.", code="EPMQ-F32", subject=self.subject, remedy=remedy
+            f"{self.place}: {cause}.", code=code, subject=self.subject, remedy=remedy
         )
 
 

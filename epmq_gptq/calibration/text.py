@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import EPMQInputError
 from .draws import RowSet
 from .encoded import InputRules, Limit, RowCounts, alike, in_turn, padded
 from .rows import TEXT, Row, Where
@@ -114,12 +113,11 @@ class TokenRules(InputRules):
         if not ids:
             raise where.bad("the merged model's tokenizer makes no token of it", "Take it out.")
         if self.vocabulary is not None and max(ids) >= self.vocabulary:
-            raise EPMQInputError(
-                f"{where.place}: the merged model's tokenizer makes token id {max(ids)} of it, and "
-                f"the model has {self.vocabulary} embeddings.",
-                code="EPMQ-F05",
-                subject="the merged model",
-                remedy="Give it the tokenizer that it was merged with.",
+            raise where._replace(subject="the merged model").bad(
+                f"the merged model's tokenizer makes token id {max(ids)} of it, and the model has "
+                f"{self.vocabulary} embeddings",
+                "Give it the tokenizer that it was merged with.",
+                "EPMQ-F05",
             )
         return list(ids)
 
@@ -197,12 +195,10 @@ class TokenRules(InputRules):
         """Blocks of exactly ``seqlen`` tokens of a source's rows, one after another."""
         length, wanted = one.source.limit, one.source.samples
         if self.context is not None and length > self.context:
-            raise EPMQInputError(
-                f"calibration of expert `{expert}`: `seqlen` asks for blocks of {length} tokens, "
-                f"the model takes {self.context}.",
-                code="EPMQ-F25",
-                subject="`seqlen`",
-                remedy=f"Set it to {self.context} or less.",
+            raise Where(f"calibration of expert `{expert}`", "`seqlen`").bad(
+                f"`seqlen` asks for blocks of {length} tokens, the model takes {self.context}",
+                f"Set it to {self.context} or less.",
+                "EPMQ-F25",
             )
         blocks: list[TokenRow] = []
         starts: list[int] = []  # of the rows, in the stream of all tokens
@@ -259,10 +255,10 @@ def _check_blocks(one: RowSet, made: int, tokens: int, expert: str) -> None:
     if made >= (wanted or 1):
         return
     asked = "one block" if wanted is None else f"`samples` asks for {wanted} blocks"
-    raise EPMQInputError(
-        f"calibration of expert `{expert}` ({one.source.label}): {asked} of {length} tokens, the "
-        f"{one.available} rows have {tokens} tokens, which make {made}.",
-        code="EPMQ-F24",
-        subject=f"expert `{expert}`",
-        remedy="Add rows, or lower `samples` or `seqlen`.",
+    at = Where(f"calibration of expert `{expert}` ({one.source.label})", f"expert `{expert}`")
+    raise at.bad(
+        f"{asked} of {length} tokens, the {one.available} rows have {tokens} tokens, which make "
+        f"{made}",
+        "Add rows, or lower `samples` or `seqlen`.",
+        "EPMQ-F24",
     )
