@@ -211,7 +211,7 @@ def kept(scores: Mapping[str, Mapping[str, Score]]) -> Retention:
     stages = {"base": "base", "expert": "experts", "merged": "merged", "gptq": "GPTQ"}
     stages["quantized"] = "E-PMQ"
     return Retention(
-        {
+        experts={
             name: ExpertRetention(
                 task=name,
                 metric="accuracy",

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import ConfigDict, Field
 
 from ...errors import EPMQInputError
+from ...io.declared import Declared, ruled, validated
 from ...io.folders import list_folder, read_json
-from ...io.json_values import JsonValues
 from ...io.output import write_whole
 
 FILE_NAME = "epmq_evaluation.json"
@@ -28,8 +29,7 @@ _FREE_SETTINGS = ("batch_size", "tasks")
 _AGAIN = "Write it anew with `epmq-gptq retention`."
 
 
-@dataclass(frozen=True)
-class ExpertRetention:
+class ExpertRetention(Declared):
     """One expert's own task, under each model.
 
     Attributes:
@@ -65,8 +65,7 @@ class ExpertRetention:
         return 100 * over / under if under > 0 and over >= 0 else None
 
 
-@dataclass(frozen=True)
-class Retention:
+class Retention(Declared):
     """What is kept of each expert.
 
     Attributes:
@@ -89,8 +88,17 @@ class Retention:
         """As it is written."""
         return {
             "schema": SCHEMA,
-            "experts": {name: asdict(expert) for name, expert in self.experts.items()},
+            "experts": {name: one.model_dump() for name, one in self.experts.items()},
         }
+
+
+class _RetentionFile(Declared):
+    """The content of :data:`FILE_NAME`."""
+
+    file_schema: Annotated[int, ruled(str(SCHEMA), lambda got: got == SCHEMA)] = Field(
+        alias="schema"
+    )
+    experts: dict[str, ExpertRetention]
 
 
 def read_retention(folder: str | Path, name: str = FILE_NAME) -> Retention | None:
@@ -110,24 +118,8 @@ def read_retention(folder: str | Path, name: str = FILE_NAME) -> Retention | Non
     if name not in list_folder(folder, f"`{folder.name}`"):
         return None
     content = read_json(folder, name, "the evaluation", max_bytes=_MAX_BYTES)
-    values = JsonValues(content, file=name, remedy=_AGAIN)
-    if content.get("schema") != SCHEMA:
-        raise values.refusal("schema", str(SCHEMA), content.get("schema"))
-    experts = values.inside("experts")
-    return Retention({expert: _read(experts.inside(expert)) for expert in experts.values})
-
-
-def _read(values: JsonValues) -> ExpertRetention:
-    return ExpertRetention(
-        task=values.text("task"),
-        metric=values.text("metric"),
-        higher_is_better=values.flag("higher_is_better"),
-        expert=values.number("expert"),
-        quantized=values.number("quantized"),
-        base=values.number_or_none("base"),
-        merged=values.number_or_none("merged"),
-        gptq=values.number_or_none("gptq"),
-    )
+    read = validated(_RetentionFile, content, f"`{name}`", code="EPMQ-F53", remedy=_AGAIN)
+    return Retention(experts=read.experts)
 
 
 def write_retention(folder: str | Path, retention: Retention) -> Path:
@@ -205,8 +197,37 @@ def _experts_of(folder: Path) -> list[str]:
     return [str(one["name"]) for one in experts if isinstance(one, dict) and "name" in one]
 
 
-@dataclass(frozen=True)
-class _Measure:
+class _Part(Declared):
+    """Of a file of ``evaluate`` we read what is compared; it holds more."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Model(_Part):
+    name: str = ""
+    quantization: Any = None
+
+
+class _Measure(_Part):
+    task: str
+    metric: str
+    value: float | None = None
+    items: Annotated[int, Field(ge=0)]
+    higher_is_better: bool | None = None
+
+
+class _Evaluation(_Part):
+    model: _Model
+    harness: str
+    settings: dict[str, Any] = {}
+    measures: list[_Measure]
+
+
+class _Evaluations(_Part):
+    evaluations: list[_Evaluation]
+
+
+class _Figure(NamedTuple):
     """One figure of one evaluation, with what must agree between models."""
 
     value: float | None
@@ -233,53 +254,43 @@ class EvaluationFile:
 
     def __init__(self, file: Path, what: str, *, quantized: bool | None = None):
         self.what = what
-        remedy = "Write it with `epmq-gptq evaluate MODEL --json FILE`."
         content = read_json(file.parent, file.name, f"`{what}`", max_bytes=_MAX_BYTES)
-        values = JsonValues(content, file=file.name, remedy=remedy)
-        self.tasks: dict[str, dict[str, _Measure]] = {}
-        for evaluation in values.each("evaluations"):
-            if quantized is not None:
-                self._check_kind(evaluation.inside("model"), file.name, quantized)
-            self._add(evaluation)
-
-    def _check_kind(self, model: JsonValues, file: str, quantized: bool) -> None:
-        if (model.values.get("quantization") is not None) != quantized:
-            found, wanted = "a full-precision", "a quantized"
-            if not quantized:
-                found, wanted = wanted, found
-            raise EPMQInputError(
-                f"`{self.what}`: `{file}` is the evaluation of {found} model, "
-                f"`{model.text('name', '')}`, and should be of {wanted} one.",
-                code="EPMQ-F54",
-                subject=f"`{self.what}`",
-                remedy="Give the file of the right model.",
-            )
-
-    def _add(self, evaluation: JsonValues) -> None:
-        settings = {
-            key: value
-            for key, value in evaluation.inside("settings", needed=False).values.items()
-            if key not in _FREE_SETTINGS
-        }
-        harness = evaluation.text("harness")
-        for values in evaluation.each("measures"):
-            task, metric = values.text("task"), values.text("metric")
-            metrics = self.tasks.setdefault(task, {})
-            if metric in metrics:
-                raise EPMQInputError(
-                    f"`{self.what}`: task `{task}` is in its file twice with `{metric}`.",
-                    code="EPMQ-F54",
-                    subject=f"`{self.what}`",
-                    remedy="Evaluate the suites into files of their own.",
+        read = validated(
+            _Evaluations,
+            content,
+            f"`{file.name}`",
+            code="EPMQ-F53",
+            remedy="Write it with `epmq-gptq evaluate MODEL --json FILE`.",
+        )
+        self.tasks: dict[str, dict[str, _Figure]] = {}
+        for one in read.evaluations:
+            if quantized is not None and (one.model.quantization is not None) != quantized:
+                kinds = ("a full-precision", "a quantized")
+                found, wanted = kinds if quantized else kinds[::-1]
+                raise self._refusal(
+                    f"`{file.name}` is the evaluation of {found} model, `{one.model.name}`, and "
+                    f"should be of {wanted} one",
+                    "Give the file of the right model.",
                 )
-            better = values.values.get("higher_is_better")
-            metrics[metric] = _Measure(
-                value=values.number_or_none("value"),
-                items=values.count("items"),
-                higher_is_better=None if better is None else values.flag("higher_is_better"),
-                harness=harness,
-                settings=settings,
+            self._add(one)
+
+    def _add(self, one: _Evaluation) -> None:
+        settings = {key: value for key, value in one.settings.items() if key not in _FREE_SETTINGS}
+        for each in one.measures:
+            metrics = self.tasks.setdefault(each.task, {})
+            if each.metric in metrics:
+                raise self._refusal(
+                    f"task `{each.task}` is in its file twice with `{each.metric}`",
+                    "Evaluate the suites into files of their own.",
+                )
+            metrics[each.metric] = _Figure(
+                each.value, each.items, each.higher_is_better, one.harness, settings
             )
+
+    def _refusal(self, cause: str, remedy: str) -> EPMQInputError:
+        return EPMQInputError(
+            f"`{self.what}`: {cause}.", code="EPMQ-F54", subject=f"`{self.what}`", remedy=remedy
+        )
 
 
 def combine(
@@ -321,8 +332,10 @@ def combine(
             figure = _figure(model, task, metric)
             _check_same(figure, reference, model.what, own.what, task)
             values[stage] = figure.value
-        found[name] = ExpertRetention(task, metric, reference.higher_is_better, **values)
-    return Retention(found)
+        found[name] = ExpertRetention(
+            task=task, metric=metric, higher_is_better=reference.higher_is_better, **values
+        )
+    return Retention(experts=found)
 
 
 def _task_of(name: str, own: EvaluationFile, quantized: EvaluationFile) -> str:
@@ -356,7 +369,7 @@ def _metric_of(name: str, task: str, own: EvaluationFile) -> str:
     return next(iter(metrics), "")
 
 
-def _figure(model: EvaluationFile, task: str, metric: str) -> _Measure:
+def _figure(model: EvaluationFile, task: str, metric: str) -> _Figure:
     figure = model.tasks.get(task, {}).get(metric)
     if figure is None or figure.value is None:
         what = f"`{task}` ({metric})" if metric else f"`{task}`"
@@ -364,7 +377,7 @@ def _figure(model: EvaluationFile, task: str, metric: str) -> _Measure:
     return figure
 
 
-def _check_same(one: _Measure, other: _Measure, what: str, beside: str, task: str) -> None:
+def _check_same(one: _Figure, other: _Figure, what: str, beside: str, task: str) -> None:
     keys = dict.fromkeys([*one.settings, *other.settings])
     odd = [key for key in keys if one.settings.get(key) != other.settings.get(key)]
     if one.harness != other.harness:

@@ -16,6 +16,12 @@ from epmq_gptq.publish.page.retention import (
 INT4 = {"method": "gptq", "bits": 4, "group_size": 128, "kernel": "torch"}
 
 
+def kept(task, metric, better, expert, quantized, **others):
+    return ExpertRetention(
+        task=task, metric=metric, higher_is_better=better, expert=expert, quantized=quantized
+    ).model_copy(update=others)
+
+
 def measure(task, metric, value, better=True, items=100):
     return {
         "task": task,
@@ -107,23 +113,23 @@ def refused(result, *parts):
 
 
 def test_per_cent_of_accuracy_and_of_a_loss():
-    better = ExpertRetention("t", "accuracy", True, 80.0, 60.0, base=8.0, merged=64.0)
+    better = kept("t", "accuracy", True, 80.0, 60.0, base=8.0, merged=64.0)
     assert better.percent() == 75.0
     assert better.percent("merged") == 80.0 and better.percent("base") == 10.0
     assert better.percent("expert") == 100.0 and better.percent("gptq") is None
-    loss = ExpertRetention("t", "loss", False, 0.5, 0.8)
+    loss = kept("t", "loss", False, 0.5, 0.8)
     assert loss.percent() == 62.5
     # Without anything to be a share of, and where a share would have a strange sign.
-    assert ExpertRetention("t", "mcc", True, 0.0, 0.1).percent() is None
-    assert ExpertRetention("t", "mcc", True, 0.5, -0.1).percent() is None
-    assert ExpertRetention("t", "loss", False, 0.5, 0.0).percent() is None
-    assert ExpertRetention("t", "acc", True, 0.5, 0.0).percent() == 0.0
+    assert kept("t", "mcc", True, 0.0, 0.1).percent() is None
+    assert kept("t", "mcc", True, 0.5, -0.1).percent() is None
+    assert kept("t", "loss", False, 0.5, 0.0).percent() is None
+    assert kept("t", "acc", True, 0.5, 0.0).percent() == 0.0
 
-    both = Retention({"a": better, "b": loss})
+    both = Retention(experts={"a": better, "b": loss})
     assert both.percent("a") == 75.0 and both.percent("nobody") is None
     assert both.average() == pytest.approx((75.0 + 62.5) / 2)
     assert both.average("merged") is None
-    assert Retention({}).average() is None
+    assert Retention(experts={}).average() is None
 
 
 def test_the_file_follows_the_contract_and_comes_back(folder, files):
@@ -259,9 +265,9 @@ def test_a_folder_that_is_no_checkpoint_of_ours(folder, files, tmp_path):
 
 def test_files_that_are_no_evaluation(folder, files):
     for content, part in (
-        ({}, "`evaluations` should be a list, got nothing"),
-        ({"evaluations": [3]}, "`evaluations[0]` should be an object, got 3"),
-        ({"evaluations": [{"harness": 1}]}, "`evaluations[0].model`"),
+        ({}, "`evaluations` is missing"),
+        ({"evaluations": [3]}, "`evaluations[0]` should be a mapping, got 3"),
+        ({"evaluations": [{"harness": 1}]}, "`evaluations[0]`: `model` is missing"),
         ([], "should be a JSON object"),
     ):
         files(quantized=content)
@@ -278,17 +284,17 @@ def test_files_that_are_no_evaluation(folder, files):
     "change, part",
     [
         ({"schema": 2}, "`schema` should be 1, got 2"),
-        ({"experts": None}, "`experts` should be an object, got nothing"),
-        ({"quantized": None}, "`experts.math.quantized` should be a number, got nothing"),
-        ({"quantized": True}, "`experts.math.quantized` should be a finite number, got True"),
-        ({"merged": "1"}, "`experts.math.merged` should be a finite number, got '1'"),
-        ({"expert": 10**400}, "`experts.math.expert` should be a finite number"),
+        ({"experts": None}, "`experts` should be a mapping, got None"),
+        ({"quantized": None}, "`experts.math.quantized` should be a number, got None"),
+        ({"quantized": True}, "`experts.math.quantized` should be a number, got True"),
+        ({"merged": "1"}, "`experts.math.merged` should be a number, got '1'"),
+        ({"expert": 10**400}, "`experts.math.expert` should be a number"),
         ({"higher_is_better": 1}, "`experts.math.higher_is_better` should be true or false"),
         ({"task": 5}, "`experts.math.task` should be a text, got 5"),
     ],
 )
 def test_a_damaged_file_is_refused_by_key(folder, change, part):
-    written = Retention({"math": ExpertRetention("math", "acc", True, 1.0, 0.5)})
+    written = Retention(experts={"math": kept("math", "acc", True, 1.0, 0.5)})
     content = json.loads(write_retention(folder, written).read_text())
     where = content if set(change) <= {"schema", "experts"} else content["experts"]["math"]
     where.update(change)

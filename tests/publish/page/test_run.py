@@ -13,6 +13,12 @@ from epmq_gptq.publish.page.retention import ExpertRetention, Retention
 from epmq_gptq.run_report import ModuleReport
 
 
+def kept(task, metric, better, expert, quantized, **others):
+    return ExpertRetention(
+        task=task, metric=metric, higher_is_better=better, expert=expert, quantized=quantized
+    ).model_copy(update=others)
+
+
 @pytest.fixture
 def content():
     return samples.report(samples.llama(2), ["math", "code"])
@@ -189,10 +195,10 @@ def test_an_evaluation_is_of_the_same_experts(tmp_path, content):
     from epmq_gptq.publish.page import report_figures
 
     report = read_report(samples.write(tmp_path, content))
-    known = ExpertRetention("t", "acc", True, 1.0, 0.5)
-    report_figures(report, retention=Retention({"math": known}))
+    known = kept("t", "acc", True, 1.0, 0.5)
+    report_figures(report, retention=Retention(experts={"math": known}))
     with pytest.raises(EPMQInputError, match="no expert `law`; it has math, code"):
-        report_figures(report, retention=Retention({"law": known}))
+        report_figures(report, retention=Retention(experts={"law": known}))
 
 
 def test_the_sample_is_what_the_contract_says():
