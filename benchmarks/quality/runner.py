@@ -22,8 +22,9 @@ _PACKAGES = ("torch", "transformers", "gptqmodel", "numpy", "scikit-learn")
 def code_digest() -> str:
     """Hash of the sources that decide the figures: finished cells of other code do not count."""
     total = hashlib.sha256()
-    files = [*(ROOT / "epmq_gptq").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
-    for file in sorted(files) + [Path(__file__).with_name("cells.py")]:
+    folders = ("epmq_gptq", "kernels", "benchmarks/suites")
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    for file in [*files, Path(__file__).with_name("cells.py")]:
         total.update(f"{file.name}\0".encode() + file.read_bytes())
     return total.hexdigest()[:16]
 

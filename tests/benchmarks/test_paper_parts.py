@@ -161,70 +161,7 @@ def test_a_head_is_the_mean_over_the_templates(clip_base):
     )
 
 
-def test_bool_labels_are_scored_and_a_limit_draws(clip_base, local):
-    images = fusion_hub.pictures(6, 1)
-    rows = datasets.Dataset.from_dict(
-        {"image": images, "label": [False, True] * 3},
-        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("bool")}),
-    )
-    local["1aurent/PatchCamelyon"] = {"test": rows, "train": rows}
-    model = CLIPModel.from_pretrained(clip_base).vision_model.eval()
-    bench = clip.ClipBench(clip_base, ("pcam",), "cpu", batch_size=4)
-    score = bench.evaluate(model, ["pcam"])["pcam"]
-    pixels = fusion_hub.pixel_values(images, clip_base)
-    with torch.no_grad():
-        said = bench.heads.logits(model(pixels)[1], "pcam").argmax(1).tolist()
-    right = sum(int(i % 2 == one) for i, one in enumerate(said))
-    assert score == Score(100 * right / 6, 6)
-    limited = clip.ClipBench(clip_base, ("pcam",), "cpu", limit=2).evaluate(model, ["pcam"])
-    assert limited["pcam"].items == 2
-    calibration = bench.calibration(3, 0)["pcam"]
-    assert [row["image"].mode for row in calibration] == ["RGB"] * 3
-
-
 # ---- GLUE --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def words():
-    rows = {
-        "cola": {"sentence": "a b", "label": 1, "idx": 0},
-        "mnli": {"premise": "p q", "hypothesis": "h", "label": 2, "idx": 0},
-        "mrpc": {"sentence1": "a", "sentence2": "b", "label": 0, "idx": 0},
-        "qnli": {"question": "q", "sentence": "s", "label": 0, "idx": 0},
-        "qqp": {"question1": "q", "question2": "r", "label": 1, "idx": 0},
-        "rte": {"sentence1": "a", "sentence2": "b", "label": 0, "idx": 0},
-        "sst2": {"sentence": "s", "label": 0, "idx": 0},
-        "stsb": {"sentence1": "a", "sentence2": "b", "label": 3.799999952316284, "idx": 0},
-    }
-    from fusion_bench.tasks.flan_t5_text_generation.glue_prompt_templates import (
-        glue_prompt_templates as templates,
-    )
-
-    texts = [templates[task]["input_text"].format(**row) for task, row in rows.items()]
-    answers = "acceptable contradiction no yes negative 3.8"
-    return rows, templates, fusion_hub.word_tokenizer([*texts, answers])
-
-
-@pytest.mark.parametrize(
-    ("task", "answer"),
-    [
-        ("cola", "acceptable"),
-        ("mnli", "contradiction"),
-        ("mrpc", "no"),
-        ("qnli", "yes"),
-        ("qqp", "yes"),
-        ("rte", "yes"),
-        ("sst2", "negative"),
-        ("stsb", "3.8"),
-    ],
-)
-def test_calibration_pairs_are_prompt_and_answer(words, task, answer):
-    rows, templates, tokenizer = words
-    pair = glue.token_pair(task, rows[task], tokenizer)
-    prompt = templates[task]["input_text"].format(**rows[task])
-    assert pair["input_ids"] == tokenizer(prompt)["input_ids"]
-    assert tokenizer.decode(pair["labels"]) == f"{answer} </s>"
 
 
 def test_exact_match_and_rank_correlation():
@@ -278,26 +215,6 @@ def test_a_language_bench_asks_lm_eval_and_calibrates_on_mergebench(tmp_path, lo
 
 
 # ---- models ------------------------------------------------------------------------------------
-
-
-def test_bin_weights_need_permission(monkeypatch, tmp_path):
-    refusal = EPMQInputError(
-        "it holds `pytorch_model.bin`.", code="EPMQ-F14", subject="x", remedy="Convert it."
-    )
-
-    def refuse(spec, *, what):
-        raise refusal
-
-    monkeypatch.setattr(models, "resolve_source", refuse)
-    fetcher = models.Fetcher(tmp_path, lambda text: None)
-    with pytest.raises(EPMQInputError, match="--allow-bin.*--revision a/b=") as caught:
-        fetcher.fetch("a/b")
-    assert caught.value.code == "EPMQ-F14"
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / ("c" * 40))
-    )
-    fetcher.allow_bin = True
-    assert fetcher.fetch("a/b").name == fetcher.commits["a/b"] == "c" * 40
 
 
 def test_experts_named_otherwise_are_saved_again(monkeypatch, tmp_path, clip_base):
@@ -406,19 +323,6 @@ def test_a_failed_cell_is_told():
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {2 + 8 + 3}
     assert "EPMQ-F29: singular" in report.rows_csv(tables.TABLES["12"], done)
-
-
-@pytest.mark.parametrize("name", list(tables.TABLES))
-def test_every_table_has_cells_of_known_kinds(name):
-    table = tables.TABLES[name]
-    for family, suite in table.blocks:
-        cells = table.cells(family, suite)
-        assert len(set(cells)) == len(cells) >= 7
-        for cell in cells:
-            assert cell.merger in specs.TITLES and cell.method in specs.METHODS
-        if table.name not in ("5", "6", "12", "figure3"):
-            extra = [(cell.merger, cell.method) for cell in cells[-3:]]
-            assert extra == list(tables.OURS)
 
 
 def test_a_failure_costs_its_cell_only(tmp_path, monkeypatch):

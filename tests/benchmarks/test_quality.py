@@ -97,13 +97,6 @@ def test_a_quantized_cell_scores_the_saved_checkpoint(place, merged, monkeypatch
     assert not list(place.work.glob("quantized-*"))
 
 
-def test_each_expert_is_asked_its_own_task(place):
-    result = cells.run_cell(cell("experts"), place, None, "x")["scores"]["evaluation"]
-    for task, path in suite(place).experts.items():
-        expected = scores_of(load_model(path, device="cpu").module, place)[task]
-        assert result[task]["loss"] == pytest.approx(expected, rel=1e-6)
-
-
 def test_what_the_host_does_not_know_is_refused_with_its_reason(place, merged):
     wanted = cell("quantize", merger="average", method="GPTQ", bits=9, samples=8)
     with pytest.raises(cells.Refused, match="GPTQ with 9 bits.*GPTQModel refuses.*bits"):

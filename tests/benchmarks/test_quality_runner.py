@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-from dataclasses import replace
 
 import pytest
 import standin_cells
@@ -54,21 +53,6 @@ def test_every_need_is_a_cell_and_comes_first():
     }  # fmt: skip
     assert {c.bits for c in epmq if c.merger == "ties"} == {3, 4, 5, 6, 7, 8}
     assert sum(c.exclusive for c in plan.cells.values()) == 3  # 64, 128 and 256 rows
-
-
-def test_the_key_of_a_cell_depends_on_all_that_decides_it():
-    options = plans.Options()
-    cell = plans.Cell("quantize", "text4", 0, "average", method="GPTQ", bits=4, samples=64)
-    keys = [plans.cell_key(cell, options, {"code": "1"})]
-    keys.append(plans.cell_key(cell, options, {"code": "2"}))
-    keys.append(plans.cell_key(replace(cell, seed=1), options, {"code": "1"}))
-    keys.append(plans.cell_key(replace(cell, parameters={"lam": 1}), options, {"code": "1"}))
-    keys.append(plans.cell_key(cell, replace(options, group_size=64), {"code": "1"}))
-    keys.append(plans.cell_key(cell, replace(options, quick=True), {"code": "1"}))
-    assert len(set(keys)) == len(keys)
-    assert keys[0] == plans.cell_key(cell, options, {"code": "1"})
-    # Which other tables were asked for decides no figure.
-    assert keys[0] == plans.cell_key(cell, replace(options, tables=("bits",)), {"code": "1"})
 
 
 def test_a_choice_looks_at_held_out_rows_alone(finished):
