@@ -32,6 +32,7 @@ from .io.declared import (
     unknown_key,
     validated,
 )
+from .io.families import family_of
 from .io.yaml_files import parse_json, parse_yaml, read_data, write_yaml
 
 __all__ = ["BITS", "CONFIG_VERSION", "GROUP_SIZES", "NUMERICAL_DAMP", "PROFILES", "EPMQConfig"]
@@ -76,10 +77,9 @@ _NOT_SERIALISED = {
 
 # ---- profiles ------------------------------------------------------------------------------------
 
-# The paper's α (its §5.6 and appendices E, G): of vision and encoder-decoder models, of language
-# models, and of any merge made by WUDI.
-_SMALL, _LANGUAGE, _WUDI = 0.01, 1.0, 10.0
-_SMALL_FAMILIES = ("clip", "clip_vision_model", "t5")
+# The paper's α (its §5.6 and appendices E, G): of language models, and of any merge made by WUDI;
+# of the other families their own records say it.
+_LANGUAGE, _WUDI = 1.0, 10.0
 
 
 class Profile(NamedTuple):
@@ -110,7 +110,8 @@ def paper_alpha(model_type: str, merge_method: str | None = None) -> float:
     """The paper's α for a model of transformers' ``model_type`` that ``merge_method`` made."""
     if merge_method is not None and "wudi" in merge_method.lower():
         return _WUDI
-    return _SMALL if model_type in _SMALL_FAMILIES else _LANGUAGE
+    family = family_of(model_type)
+    return _LANGUAGE if family is None else family.paper_alpha
 
 
 # ---- what an option may be -----------------------------------------------------------------------

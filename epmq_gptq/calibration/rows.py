@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ..errors import EPMQInputError
 from ..io.declared import shown
+from ..io.families import family_of
 
 
 class Where(NamedTuple):
@@ -321,8 +322,7 @@ PAIRS = RowForm(
 
 # ---- which form --------------------------------------------------------------------------------
 
-# By `model_type` of config.json: what needs no model to be known.
-_OF_MODEL_TYPE = {"clip": IMAGES, "clip_vision_model": IMAGES, "t5": PAIRS}
+_FORMS = {form.name: form for form in (TEXT, IMAGES, PAIRS)}
 
 
 def form_of(config: Mapping[str, Any] | Any) -> RowForm:
@@ -335,4 +335,5 @@ def form_of(config: Mapping[str, Any] | Any) -> RowForm:
         model_type = config.get("model_type")
     else:
         model_type = getattr(config, "model_type", None)
-    return _OF_MODEL_TYPE.get(model_type, TEXT) if isinstance(model_type, str) else TEXT
+    family = family_of(model_type)
+    return TEXT if family is None else _FORMS[family.row_form]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from ..io.families import family_of
 from .findings import Finding
 
 # Where the language model's own options are in a multimodal configuration.
@@ -95,10 +96,12 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    vision = config.get("vision_config")
-    if config.get("model_type") == "clip" and isinstance(vision, Mapping):
-        # What is quantized is its vision tower, which is also saved as a model of its own.
-        return {**vision, "model_type": "clip_vision_model"}
+    family = family_of(config.get("model_type"))
+    if family is not None and family.inner is not None:
+        key, model_type = family.inner
+        if isinstance(config.get(key), Mapping):
+            # What is quantized, which is also saved as a model of its own.
+            return {**config[key], "model_type": model_type}
     for name in _NESTED:
         if isinstance(config.get(name), Mapping):
             return {**config, **config[name]}

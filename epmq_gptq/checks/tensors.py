@@ -11,6 +11,7 @@ from ..errors import EPMQInputError
 from ..experts.adapters import Adapter
 from ..experts.linears import Linear, StoredWeight, resolve
 from ..experts.weights import find_weight, refuse_quantized
+from ..io.families import FAMILIES
 from .findings import Finding, counted, listed
 
 # Tables with one row per token; their rows may differ, because they are not quantized.
@@ -117,8 +118,10 @@ def _find(store: Any, linear: Linear, adapter: Adapter | None) -> StoredWeight:
 
 
 def _bare(name: str) -> str:
-    """CLIP's vision tower is saved with its own name before each tensor, or without."""
-    return name.removeprefix("vision_model.")
+    """Without what some checkpoints put before a name and others leave out."""
+    for family in FAMILIES:
+        name = name.removeprefix(family.optional_prefix)
+    return name
 
 
 def _extra_layers(linears: list[Linear], extra: list[str], what: str) -> Iterator[Finding]:

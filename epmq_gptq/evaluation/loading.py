@@ -19,7 +19,6 @@ from ..io.folders import read_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WHAT = "the model"
-# Tensors of a packed layer in a checkpoint; its bias stays an ordinary tensor.
 
 
 @dataclass

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from serving_reference import MIN_PROMPTS, NEW_TOKENS, Reference
 from vllm_server import ServerError, log_tail, serve
 
-from epmq_gptq.checks.engines.architectures import ARCHITECTURES
+from epmq_gptq.checks.engines.table import ARCHITECTURES
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(900)]
 

@@ -333,7 +333,6 @@ def _found(store: Store, facts: Facts, content: _Content) -> dict[str, Any]:
         store.info(name).dtype for name in store if name.rpartition(".")[2] not in PACKED
     )
     stored = facts.stored
-    assert stored is not None
     head = "tied to the embedding" if facts.has_tied_head else "not quantized"
     return {
         "architecture": facts.architecture or None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ...experts.linears import Linear
@@ -108,7 +108,8 @@ class Facts:
         uneven: fused or routed layers whose parts are quantized differently.
         unseen: fused layers for whose own name `dynamic` gives other settings than the parts have.
         config: of the model.
-        stored: of a finished checkpoint; None for a planned export.
+        is_finished: whether it is a checkpoint, and no planned export.
+        stored: what only a checkpoint can say; of a planned export nothing.
         tensor_parallel: GPUs that shall share each layer.
     """
 
@@ -117,7 +118,8 @@ class Facts:
     uneven: tuple[str, ...]
     unseen: tuple[str, ...]
     config: Mapping[str, Any]
-    stored: Stored | None = None
+    stored: Stored = Stored()
+    is_finished: bool = False
     tensor_parallel: int = 1
 
     @property
@@ -189,7 +191,8 @@ def gathered(
         width = next(inputs[part] for part in parts if part in inputs)
         if _plain(export.of(whole), width) != _plain(next(iter(given)), width):
             unseen.append(whole)
-    return Facts(export, layers, tuple(uneven), tuple(unseen), config, stored)
+    found = Facts(export, layers, tuple(uneven), tuple(unseen), config)
+    return found if stored is None else replace(found, stored=stored, is_finished=True)
 
 
 def _plain(settings: Settings | None, inputs: int) -> Settings | None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ...calibration.rows import IMAGES, form_of
-from .architectures import ARCHITECTURES, MODEL_TYPES
+from ...io.families import FAMILIES, family_of
 from .facts import Facts, Layer, plain
 from .fused import CUT_INPUTS, FUSED, LINEAR_LEAVES, ROUTED
 from .parallel import max_tensor_parallel, obstacle
-from .table import CONFIG_FILE, ENGINES, VERSIONS
+from .table import ARCHITECTURES, CONFIG_FILE, ENGINES, MODEL_TYPES, VERSIONS
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
 HOST_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -69,6 +69,16 @@ def judge(facts: Facts, engines: Iterable[str] = ENGINES) -> dict[str, dict[str,
     return table
 
 
+def _when(holds: Callable[[Facts], Any], reason: str) -> Broken:
+    """A condition that is broken where ``holds`` finds something, which ``{}`` stands for."""
+
+    def broken(facts: Facts) -> str | None:
+        found = holds(facts)
+        return reason.format(found) if found else None
+
+    return broken
+
+
 # ---- bits, groups, order ---------------------------------------------------------------
 
 
@@ -111,13 +121,15 @@ def _no_desc_act(facts: Facts) -> str | None:
     return None
 
 
-def _gpu_only(facts: Facts) -> str | None:
-    return "8 bits run on GPUs only" if any(s.bits == 8 for s in facts.settings) else None
+_gpu_only = _when(
+    lambda facts: any(each.bits == 8 for each in facts.settings), "8 bits run on GPUs only"
+)
 
 
-def _torch_kernel(facts: Facts) -> str | None:
-    slow = [f"{s.bits} bits" for s in facts.settings if s.bits not in (2, 4, 8)]
-    return f"{slow[0]}: the torch kernel only, which is slow" if slow else None
+_torch_kernel = _when(
+    lambda facts: next((s.bits for s in facts.settings if s.bits not in (2, 4, 8)), None),
+    "{} bits: the torch kernel only, which is slow",
+)
 
 
 def _float16_kernel(facts: Facts) -> str | None:
@@ -190,10 +202,10 @@ def _tensor_parallel(facts: Facts) -> str | None:
     return f"tensor parallel on {facts.tensor_parallel} GPUs: {why}"
 
 
-def _no_tensor_parallel(facts: Facts) -> str | None:
-    if facts.tensor_parallel == 1:
-        return None
-    return "it puts whole layers on several GPUs (`device_map`), and shares none between them"
+_no_tensor_parallel = _when(
+    lambda facts: facts.tensor_parallel > 1,
+    "it puts whole layers on several GPUs (`device_map`), and shares none between them",
+)
 
 
 # Engines that share one layer between GPUs → what they ask of the parts besides.
@@ -206,23 +218,21 @@ _PARALLEL: dict[str, Callable[[Facts, int], bool]] = {
 # ---- layers that belong together ---------------------------------------------------------------
 
 
-def _even(facts: Facts) -> str | None:
-    if not facts.uneven:
-        return None
-    return f"parts of one fused layer are quantized differently: {_some(facts.uneven)}"
+_even = _when(
+    lambda facts: facts.uneven and _some(facts.uneven),
+    "parts of one fused layer are quantized differently: {}",
+)
 
 
-def _seen(facts: Facts) -> str | None:
-    if not facts.unseen:
-        return None
-    return (
-        f"`dynamic` does not match the fused name of {_some(facts.unseen)} as it matches the parts"
-    )
+_seen = _when(
+    lambda facts: facts.unseen and _some(facts.unseen),
+    "`dynamic` does not match the fused name of {} as it matches the parts",
+)
 
 
 def _base_only(facts: Facts) -> str | None:
     """Of engines that do not read `dynamic`: one setting, and every linear layer has it."""
-    if facts.stored is None:
+    if not facts.is_finished:
         return "it ignores `dynamic`, which is set" if facts.export.dynamic else None
     base = facts.export.base
     for layer in facts.layers:
@@ -235,7 +245,7 @@ def _base_only(facts: Facts) -> str | None:
 
 
 def _is_expected(name: str, facts: Facts) -> bool:
-    restricted = facts.stored.restricted if facts.stored else ()
+    restricted = facts.stored.restricted
     if restricted:
         return name.endswith(restricted)
     quantized = {layer.name.rpartition(".")[2] for layer in facts.layers}
@@ -252,36 +262,36 @@ def _routed_as_base(facts: Facts) -> str | None:
     return None
 
 
-def _no_routed(facts: Facts) -> str | None:
-    if any(ROUTED.match(layer.name) for layer in facts.layers):
-        return "it stacks routed modules in one tensor, for which there is no GPTQ layer"
-    return None
+_no_routed = _when(
+    lambda facts: any(ROUTED.match(layer.name) for layer in facts.layers),
+    "it stacks routed modules in one tensor, for which there is no GPTQ layer",
+)
 
 
 # ---- heads ---------------------------------------------------------------
 
 
-def _no_head(facts: Facts) -> str | None:
-    return "it quantizes layers inside blocks only, not the head" if facts.export.lm_head else None
+_no_head = _when(
+    lambda facts: facts.export.lm_head, "it quantizes layers inside blocks only, not the head"
+)
 
 
-def _dense_head(facts: Facts) -> str | None:
-    return "it reads the head as a plain weight, never quantized" if facts.export.lm_head else None
+_dense_head = _when(
+    lambda facts: facts.export.lm_head, "it reads the head as a plain weight, never quantized"
+)
 
 
-def _tied_head(facts: Facts) -> str | None:
-    if not (facts.export.lm_head and facts.has_tied_head):
-        return None
-    return (
-        "the configuration ties the head to the embedding, which it serves; the quantized head is "
-        "not read"
-    )
+_tied_head = _when(
+    lambda facts: facts.export.lm_head and facts.has_tied_head,
+    "the configuration ties the head to the embedding, which it serves; the quantized head is not "
+    "read",
+)
 
 
-def _head_not_tied(facts: Facts) -> str | None:
-    if not (facts.export.lm_head and facts.has_tied_head):
-        return None
-    return "the configuration ties the head to the embedding, and a quantized head cannot be tied"
+_head_not_tied = _when(
+    lambda facts: facts.export.lm_head and facts.has_tied_head,
+    "the configuration ties the head to the embedding, and a quantized head cannot be tied",
+)
 
 
 # ---- the model ---------------------------------------------------------------
@@ -291,10 +301,10 @@ def _of_type(model_type: str, reason: str) -> Broken:
     return lambda facts: reason if facts.model_type == model_type else None
 
 
-def _no_images(facts: Facts) -> str | None:
-    if form_of({"model_type": facts.model_type}) is not IMAGES:
-        return None
-    return "it takes GPTQ models of pure text only"
+_no_images = _when(
+    lambda facts: form_of({"model_type": facts.model_type}) is IMAGES,
+    "it takes GPTQ models of pure text only",
+)
 
 
 def _architecture(engine: str) -> Broken:
@@ -302,7 +312,7 @@ def _architecture(engine: str) -> Broken:
 
     def broken(facts: Facts) -> str | None:
         name = facts.architecture
-        if not name or name in known or facts.model_type in ("t5", "clip", "clip_vision_model"):
+        if not name or name in known or family_of(facts.model_type):
             return None
         return (
             f"it has no {name} of its own; where transformers' own model allows it, that one is "
@@ -312,10 +322,10 @@ def _architecture(engine: str) -> Broken:
     return broken
 
 
-def _named(facts: Facts) -> str | None:
-    if facts.stored is None or facts.architecture:
-        return None
-    return "`config.json` names no `architectures`, by which it chooses the model"
+_named = _when(
+    lambda facts: facts.is_finished and not facts.architecture,
+    "`config.json` names no `architectures`, by which it chooses the model",
+)
 
 
 def _model_type(engine: str, remedy: str) -> Broken:
@@ -333,7 +343,7 @@ def _remote_code(engine: str) -> Broken:
     known = ARCHITECTURES.get(engine, frozenset())
 
     def broken(facts: Facts) -> str | None:
-        if not (facts.stored and facts.stored.remote_code) or facts.architecture in known:
+        if not facts.stored.remote_code or facts.architecture in known:
             return None
         return (
             "`config.json` names code of its own (`auto_map`): where the installed transformers "
@@ -344,7 +354,7 @@ def _remote_code(engine: str) -> Broken:
 
 
 def _blocks(facts: Facts) -> str | None:
-    if facts.stored is None or facts.stored.restricted:
+    if not facts.is_finished or facts.stored.restricted:
         return None
     out = [
         layer.name
@@ -361,7 +371,7 @@ _BLOCK_STARTS = tuple(f"{block}." for block in _BLOCKS)
 
 
 def _faults(facts: Facts) -> str | None:
-    if not (facts.stored and facts.stored.faults):
+    if not facts.stored.faults:
         return None
     more = len(facts.stored.faults) - 1
     return facts.stored.faults[0] + (f", and {more} more of this kind" if more else "")
@@ -371,8 +381,6 @@ def _as_claimed(engine: str) -> Broken:
     file = CONFIG_FILE[engine]
 
     def broken(facts: Facts) -> str | None:
-        if facts.stored is None:
-            return None
         unlike = facts.stored.unlike
         # Where there is one file only, everybody reads that.
         lines = unlike[file] if file in unlike else next(iter(unlike.values()), ())
@@ -381,49 +389,42 @@ def _as_claimed(engine: str) -> Broken:
     return broken
 
 
-def _silent(facts: Facts) -> str | None:
-    if not (facts.stored and facts.stored.silent):
-        return None
-    return f"`config.json` does not say `{facts.stored.silent[0]}`, which it asks for"
+_silent = _when(
+    lambda facts: facts.stored.silent and facts.stored.silent[0],
+    "`config.json` does not say `{}`, which it asks for",
+)
 
 
-def _packed_as_claimed(facts: Facts) -> str | None:
-    """Of engines that take a layer for packed unless `dynamic` leaves it out."""
-    dense = facts.stored.dense_linears if facts.stored else ()
-    left = [name for name in dense if facts.export.of(name) is not None]
-    if not left:
-        return None
-    return f"`{left[0]}` is not packed, and no `dynamic` leaves it out"
+# Of engines that take a layer for packed unless `dynamic` leaves it out.
+_packed_as_claimed = _when(
+    lambda facts: next(
+        (name for name in facts.stored.dense_linears if facts.export.of(name) is not None), None
+    ),
+    "`{}` is not packed, and no `dynamic` leaves it out",
+)
 
 
-def _no_config(facts: Facts) -> str | None:
-    if facts.stored is None or facts.stored.config_file:
-        return None
-    return "`config.json` has no `quantization_config`, from which it learns that it is quantized"
+_no_config = _when(
+    lambda facts: not facts.stored.config_file,
+    "`config.json` has no `quantization_config`, from which it learns that it is quantized",
+)
 
 
-def _by_option(facts: Facts) -> str | None:
-    if facts.stored is None or facts.stored.config_file:
-        return None
-    return (
-        "`config.json` has no `quantization_config`: it needs `--quantization gptq` to look for "
-        "`quantize_config.json`"
-    )
+_by_option = _when(
+    lambda facts: not facts.stored.config_file,
+    "`config.json` has no `quantization_config`: it needs `--quantization gptq` to look for "
+    "`quantize_config.json`",
+)
 
 
-def _symmetric_zeros(facts: Facts) -> str | None:
-    name = facts.stored.zeros.get("free") if facts.stored else None
-    if name is None:
-        return None
-    return (
-        f"`{name}.qzeros` holds other zero points than 2^(bits-1), which it takes for granted: the "
-        "output would be wrong, often `!!!!`"
-    )
+_symmetric_zeros = _when(
+    lambda facts: facts.stored.zeros.get("free"),
+    "`{}.qzeros` holds other zero points than 2^(bits-1), which it takes for granted: the output "
+    "would be wrong, often `!!!!`",
+)
 
 
 def _labelled_zeros(facts: Facts) -> str | None:
-    if facts.stored is None:
-        return None
     other, version = ("v1", 2) if facts.export.format in VERSION_TWO else ("v2", 1)
     name = facts.stored.zeros.get(other)
     if name is None:
@@ -435,23 +436,18 @@ def _labelled_zeros(facts: Facts) -> str | None:
     )
 
 
-def _version_one(facts: Facts) -> str | None:
-    by_content = facts.stored is not None and "v2" in facts.stored.zeros
-    if facts.export.format not in VERSION_TWO and not by_content:
-        return None
-    return (
-        "it adds 1 to every zero point (`gptq`), and these are stored as they are (`gptq_v2`); "
-        "only Marlin, which reads none, is right"
-    )
+_version_one = _when(
+    lambda facts: facts.export.format in VERSION_TWO or "v2" in facts.stored.zeros,
+    "it adds 1 to every zero point (`gptq`), and these are stored as they are (`gptq_v2`); only "
+    "Marlin, which reads none, is right",
+)
 
 
-def _plain_order(facts: Facts) -> str | None:
-    if not (facts.stored and facts.stored.reordered):
-        return None
-    return (
-        f"`{facts.stored.reordered}.g_idx` is not the plain order, which it takes for granted: "
-        "weights would meet the scales of other groups"
-    )
+_plain_order = _when(
+    lambda facts: facts.stored.reordered,
+    "`{}.g_idx` is not the plain order, which it takes for granted: weights would meet the scales "
+    "of other groups",
+)
 
 
 def _trusted_order(facts: Facts) -> str | None:
@@ -459,33 +455,24 @@ def _trusted_order(facts: Facts) -> str | None:
     return None if facts.export.desc_act else _plain_order(facts)
 
 
-def _order_of_torch(facts: Facts) -> str | None:
-    if facts.export.desc_act or not (facts.stored and facts.stored.reordered):
-        return None
-    return (
-        f"`{facts.stored.reordered}.g_idx` is not the plain order although desc_act is off: only "
-        "kernels that always read it are right (torch, Triton)"
-    )
+_order_of_torch = _when(
+    lambda facts: not facts.export.desc_act and facts.stored.reordered,
+    "`{}.g_idx` is not the plain order although desc_act is off: only kernels that always read it "
+    "are right (torch, Triton)",
+)
 
 
-def _has_order(facts: Facts) -> str | None:
-    if not (facts.stored and facts.stored.no_order):
-        return None
-    return f"`{facts.stored.no_order}.g_idx` is missing, which it reads"
+_has_order = _when(lambda facts: facts.stored.no_order, "`{}.g_idx` is missing, which it reads")
 
 
-def _int32(facts: Facts) -> str | None:
-    if not (facts.stored and facts.stored.words):
-        return None
-    return f"`{facts.stored.words}` is not packed in int32"
+_int32 = _when(lambda facts: facts.stored.words, "`{}` is not packed in int32")
 
 
-def _dtype(facts: Facts) -> str | None:
-    dtype = facts.stored.dtype if facts.stored else None
-    # Of float32 every engine makes one of the two by itself.
-    if dtype in (None, *_HALF, "float32"):
-        return None
-    return f"`config.json` says dtype {dtype}; its GPTQ layers compute in {_or(_HALF)}"
+# Of float32 every engine makes one of the two by itself.
+_dtype = _when(
+    lambda facts: facts.stored.dtype not in (None, *_HALF, "float32") and facts.stored.dtype,
+    f"`config.json` says dtype {{}}; its GPTQ layers compute in {', '.join(_HALF)}",
+)
 
 
 def _some(names: Iterable[str]) -> str:
@@ -505,19 +492,17 @@ _SGLANG_MODELS = "sglang/srt/models/registry.py"
 _HOST = "gptqmodel/nn_modules/qlinear/"
 _TGI = "server/text_generation_server/"
 _OPTIMUM = "optimum/gptq/quantizer.py "
-_NO_T5 = "it has no T5"
-_T5_INIT = "its T5 initialises weights that packed layers do not have (docs/t5.md has a way)"
-_NO_TOWER = "it has no vision tower by itself"
-_UNTRIED = "it has CLIP, but nobody has tried it with quantized layers"
 _ADD = ": `import epmq_gptq` or its own models may add it"
 _STORED = "the GPTQ format: qweight, qzeros, scales, g_idx"
 
 RULES = (
     *(Rule(engine, "no", _STORED, _faults) for engine in VERSIONS),
     *(Rule(engine, "no", CONFIG_FILE[engine], _as_claimed(engine)) for engine in VERSIONS),
-    Rule("vLLM", "no", _VLLM_MODELS, _of_type("t5", _NO_T5)),
-    Rule("vLLM", "no", _VLLM_MODELS, _of_type("clip_vision_model", _NO_TOWER)),
-    Rule("vLLM", "limited", _VLLM_MODELS, _of_type("clip", _UNTRIED)),
+    *(
+        Rule(each.engine, each.verdict, each.source, _of_type(each.model_type, each.reason))
+        for family in FAMILIES
+        for each in family.serving
+    ),
     Rule("vLLM", "limited", _VLLM_MODELS + " _try_resolve_transformers", _architecture("vLLM")),
     Rule("vLLM", "no", _VLLM_MODELS, _named),
     Rule("vLLM", "limited", "vllm/config/model.py trust_remote_code", _remote_code("vLLM")),
@@ -541,9 +526,6 @@ RULES = (
     Rule("vLLM", "no", _VLLM + "auto_gptq.py from_config", _silent),
     Rule("vLLM", "no", _VLLM + "auto_gptq.py get_supported_act_dtypes", _dtype),
     Rule("vLLM", "limited", "vllm/model_executor/model_loader/weight_utils.py", _by_option),
-    Rule("SGLang", "no", _SGLANG_MODELS, _of_type("t5", _NO_T5)),
-    Rule("SGLang", "no", "sglang/srt/models/", _of_type("clip_vision_model", _NO_TOWER)),
-    Rule("SGLang", "limited", "sglang/srt/models/clip.py", _of_type("clip", _UNTRIED)),
     Rule("SGLang", "limited", _SGLANG_MODELS + " _normalize_archs", _architecture("SGLang")),
     Rule("SGLang", "no", _SGLANG_MODELS, _named),
     Rule(
@@ -568,7 +550,6 @@ RULES = (
     Rule("SGLang", "no", _SGLANG + "gptq/gptq.py get_supported_act_dtypes", _dtype),
     Rule("SGLang", "limited", _SGLANG + "gptq/gptq.py get_config_filenames", _by_option),
     Rule("transformers", "no", "transformers/quantizers/quantizer_gptq.py", _no_images),
-    Rule("transformers", "no", "transformers/models/t5/modeling_t5.py", _of_type("t5", _T5_INIT)),
     Rule("transformers", "no", _OPTIMUM + "GPTQQuantizer", _bits_in((2, 3, 4, 8))),
     Rule(
         "transformers",

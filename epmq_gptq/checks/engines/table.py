@@ -1,23 +1,24 @@
-"""The engines whose rules are known here, and the releases that the rules were read from."""
+"""The engines whose rules are known here, as ``engines.json`` declares them.
+
+Of each: the release that its rules and lists were read from; the file from which it takes bits,
+group size, ``dynamic`` and the rest; and the models that it knows by name, by ``architectures``
+(vLLM, SGLang: models that generate, and CLIP) or by ``model_type`` (GPTQModel, TGI). An engine that
+does not know a name may still run it in another way, so that a name which is missing is never more
+than a warning. Tests compare the lists with the packages that are installed.
+"""
 
 from __future__ import annotations
 
-# What is judged when nobody asks for an engine by name.
-ENGINES = {
-    "vLLM": "0.32.0",
-    "SGLang": "0.5.23",
-    "transformers": "5.19 with optimum 2.3",
-    "GPTQModel": "7.6.0",
-}
-# Judged when asked for: its repository is archived, and no release will follow.
-ARCHIVED = {"TGI": "3.3.7, archived"}
-VERSIONS = {**ENGINES, **ARCHIVED}
+import json
+from pathlib import Path
 
-# The file from which an engine takes bits, group size, `dynamic` and the rest.
-CONFIG_FILE = {
-    "vLLM": "config.json",
-    "SGLang": "config.json",
-    "transformers": "config.json",
-    "GPTQModel": "quantize_config.json",
-    "TGI": "config.json",
-}
+_DECLARED = json.loads(Path(__file__).with_name("engines.json").read_text(encoding="utf-8"))
+
+VERSIONS: dict[str, str] = {name: each["version"] for name, each in _DECLARED.items()}
+# What is judged when nobody asks for an engine by name; no release of the others will follow.
+ENGINES = {name: VERSIONS[name] for name, each in _DECLARED.items() if not each["is_archived"]}
+CONFIG_FILE: dict[str, str] = {name: each["config_file"] for name, each in _DECLARED.items()}
+ARCHITECTURES, MODEL_TYPES = (
+    {name: frozenset(each[key]) for name, each in _DECLARED.items() if key in each}
+    for key in ("architectures", "model_types")
+)

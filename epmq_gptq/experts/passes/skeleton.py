@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...errors import EPMQInputError
 from ...io.checkpoints import Checkpoint
+from ...io.families import family_of
 
-_CLIP = ("clip", "clip_vision_model")
 # What checkpoints put before the names of a model's parameters, or leave out, by its class.
 _PREFIXES = ("", "model.", "transformer.", "vision_model.")
 
@@ -270,7 +270,8 @@ def _stacks(model: nn.Module, checkpoint: Checkpoint) -> list[LayerStack]:
     for path, layers in lists.items():
         if not any(isinstance(m, _linear_types()) for layer in layers for m in layer.modules()):
             raise _unknown(checkpoint, f"`{path}` of {type(model).__name__} has no linear layers")
-    if model.config.model_type in _CLIP:
+    family = family_of(model.config.model_type)
+    if family is not None and family.towers:
         return [_clip_stack(model, path, layers) for path, layers in sorted(lists.items())]
     if getattr(model.config, "is_encoder_decoder", False) and len(lists) == 2:
         return [_pair_stack(model, path, layers) for path, layers in lists.items()]

@@ -28,6 +28,7 @@ from ...calibration.batches import CalibrationPlan, input_rules
 from ...calibration.draws import read_calibration
 from ...calibration.images import PROCESSOR_FILES, ImageRow
 from ...errors import EPMQInputError
+from ...io.families import family_of
 
 ARCHITECTURES = ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel")
 _VISION, _TEXT = "vision_model", "text_model"
@@ -47,8 +48,9 @@ def _without_tokenizer(host_load):
 
     @functools.wraps(host_load)
     def load(folder: str, *, model_config: Any = None, **options: Any) -> Any:
-        clip = getattr(model_config, "model_type", None) in DEFINITIONS
-        if clip and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+        family = family_of(getattr(model_config, "model_type", None))
+        is_clip = family is not None and family.name == "clip"
+        if is_clip and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
             return None
         return host_load(folder, model_config=model_config, **options)
 
@@ -327,4 +329,4 @@ def wants_text_tower(quantize_config: Any) -> bool:
     return any(_TEXT in rule and not rule.startswith("-:") for rule in rules)
 
 
-DEFINITIONS = {"clip": CLIPQModel, "clip_vision_model": CLIPQModel}
+DEFINITION = CLIPQModel

@@ -33,16 +33,17 @@ def load_clip(
     from gptqmodel import GPTQModel
 
     from ...errors import EPMQInputError
+    from ...io.families import family_of
     from ...io.folders import read_json
     from ..door import install
     from ..remote_code import distrusted
-    from .clip import DEFINITIONS
 
     install()
     model_type = read_json(Path(folder), "config.json", "the model").get("model_type")
-    if model_type not in DEFINITIONS:
+    family = family_of(model_type)
+    if family is None or family.name != "clip":
         raise EPMQInputError(
-            f"`load_clip` loads `model_type` {' and '.join(DEFINITIONS)}, got {model_type!r}.",
+            f"`load_clip` loads `model_type` clip and clip_vision_model, got {model_type!r}.",
             code="EPMQ-F38",
             subject=f"`{Path(folder).name}`",
             remedy="Load it with `GPTQModel.load`.",

@@ -328,4 +328,4 @@ def _mask_or_ones(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
-DEFINITIONS = {"t5": T5QModel}
+DEFINITION = T5QModel

@@ -23,6 +23,7 @@ from gptqmodel.looper.extension import LoopBoundary
 
 from ...config import EPMQConfig
 from ...errors import EPMQError, EPMQInputError, EPMQStopped, EPMQWarning
+from ...io.families import FAMILIES
 from ...io.interrupts import handled
 from ...io.output import check_output, ran_full
 from ...io.phases import Phases
@@ -36,7 +37,8 @@ SHARE = 0.05
 PROVEN = frozenset(
     {
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "opt"),
-        *("mixtral", "qwen3_moe", "clip", "clip_vision_model", "t5"),
+        *("mixtral", "qwen3_moe"),
+        *(t for family in FAMILIES if family.is_proven_to_resume for t in family.model_types),
     }
 )
 

@@ -112,7 +112,7 @@ def fired(these: Facts) -> set[int]:
 
 
 def test_an_ordinary_checkpoint_breaks_no_rule():
-    assert not fired(GOOD) and not fired(replace(GOOD, stored=None))
+    assert not fired(GOOD) and not fired(facts(stored=None))
 
 
 def test_every_rule_fires():

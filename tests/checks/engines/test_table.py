@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from epmq_gptq.checks.engines.architectures import ARCHITECTURES, MODEL_TYPES
 from epmq_gptq.checks.engines.rules import _BLOCKS
+from epmq_gptq.checks.engines.table import ARCHITECTURES, MODEL_TYPES
 
 
 def test_gptqmodel_knows_what_the_list_says():
