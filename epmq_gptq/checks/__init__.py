@@ -1,10 +1,10 @@
 """Everything that can be said of a run before any compute: ``epmq-gptq inspect``.
 
 One file per question, each a pure function of stores and plain values; :func:`preflight` asks all
-of them. Nothing here needs GPTQModel but ``runs``, which reads the merged model's shell.
+of them. Nothing here needs GPTQModel.
 """
 
-from .check import VERIFY, preflight
+from .check import VERIFY, Wanted, preflight
 from .findings import Finding, Preflight
 
-__all__ = ["VERIFY", "Finding", "Preflight", "preflight"]
+__all__ = ["VERIFY", "Finding", "Preflight", "Wanted", "preflight"]

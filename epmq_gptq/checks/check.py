@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import EPMQInputError
+from ..errors import EPMQInputError, EPMQWarning
 from ..experts.linears import Linear, resolve
 from ..io.console import human_size
 from ..io.phases import held_memory
@@ -36,28 +38,56 @@ _NOTHING_LEFT = Finding(
 )
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a run is asked for, as far as its inputs and what it costs depend on it.
+
+    Attributes:
+        export: how layers shall be quantized.
+        allow_duplicates, on_bad_module, save_statistics: as in ``EPMQConfig``.
+        runs_experts, chooses_alpha: what the targets need.
+        keeps_apart: whether the experts' sums are held apart until a layer is solved.
+    """
+
+    export: Export = Export()
+    allow_duplicates: bool = False
+    on_bad_module: str = "raise"
+    save_statistics: bool = False
+    runs_experts: bool = False
+    chooses_alpha: bool = False
+    keeps_apart: bool = False
+
+    @classmethod
+    def of(cls, config: Any) -> Wanted:
+        """What an ``EPMQConfig`` asks for."""
+        return cls(
+            Export(
+                int(config.bits),
+                int(config.group_size),
+                bool(config.sym),
+                bool(config.desc_act),
+                config.dynamic,
+                bool(config.lm_head),
+            ),
+            config.allow_duplicates,
+            config.on_bad_module,
+            config.save_statistics,
+            config.runs_experts,
+            config.chooses_alpha,
+            config.save_statistics or config.weighting == "minmax",
+        )
+
+
 def preflight(
+    wanted: Wanted,
     merged: Any,
     experts: Any,
     linears: Sequence[Linear],
-    *,
-    bits: int = 4,
-    group_size: int = 128,
-    sym: bool = True,
-    desc_act: bool = False,
-    dynamic: Mapping[str, Any] | None = None,
-    lm_head: bool = False,
-    allow_duplicates: bool = False,
-    on_bad_module: str = "raise",
-    base: Any | None = None,
     tokens: Mapping[str, int] | None = None,
+    *,
     verify: str = "sample",
     device: str = "cpu",
     dtype_bytes: int | None = None,
-    runs_experts: bool = False,
-    chooses_alpha: bool = False,
-    keeps_apart: bool = False,
-    save_statistics: bool = False,
 ) -> Preflight:
     """Everything that can be said of a run before any compute; raises nothing that it can report.
 
@@ -66,19 +96,14 @@ def preflight(
     weights and looks for NaN and infinities.
 
     Args:
+        wanted: what the run is asked for.
         merged: tensors of the merged model (a checkpoint or a state dict).
         experts: the ``Experts``; bound to ``linears`` here where they fit.
         linears: the layers that will be quantized, in forward order.
-        bits, group_size, sym, desc_act, dynamic, lm_head, allow_duplicates, on_bad_module: as in
-            ``EPMQConfig``.
-        base: tensors of the model that the experts were fine-tuned from, or None.
         tokens: calibration tokens per expert, or None where they are not known yet.
         verify: ``"headers"``, ``"sample"`` or ``"full"``.
         device: for the estimate of the time.
         dtype_bytes: of the computation; None for that of the merged model's layers.
-        runs_experts, chooses_alpha: what the targets need, for the estimates.
-        keeps_apart: whether the experts' sums are held apart until a layer is solved.
-        save_statistics: whether the disk has to hold the statistics as well.
 
     Raises:
         EPMQInputError: ``verify`` is none of the three.
@@ -88,36 +113,49 @@ def preflight(
     result = Preflight(verify=verify)
     if not linears:
         result.add([_NOTHING_LEFT])
-    config = merged.config()
+    base = None if experts.base is None else experts.base[0]
     _headers(result, merged, experts, linears, base)
-    export = Export(bits, group_size, sym, desc_act, dynamic, lm_head)
-    shares = widths(linears, config)
-    found, result.serving = check_serving(export, linears, config)
+    config = merged.config()
+    found, result.serving = check_serving(wanted.export, linears, config)
     result.add(found)
     if tokens is not None:
-        found, result.coverage = check_coverage(tokens, shares)
+        found, result.coverage = check_coverage(tokens, widths(linears, config))
         result.add(found)
-    result.estimates = {"disk": estimates.disk(merged, linears, export, dtype_bytes)}
-    if save_statistics:
-        parts = len(experts.names) * (2 if chooses_alpha else 1)
+    result.estimates = {"disk": estimates.disk(merged, linears, wanted.export, dtype_bytes)}
+    if wanted.save_statistics:
+        parts = len(experts.names) * (2 if wanted.chooses_alpha else 1)
         result.estimates["disk"]["statistics"] = estimates.recorded(linears, parts)
     if tokens:
+        count, total = len(experts.names), sum(tokens.values())
         result.estimates |= _run_estimates(
-            merged,
-            linears,
-            tokens,
-            len(experts.names),
-            device,
-            dtype_bytes,
-            apart=len(experts.names) if keeps_apart else 1,
-            runs_experts=runs_experts,
-            chooses_alpha=chooses_alpha,
+            wanted, merged, linears, total, count, device, dtype_bytes
         )
         result.add(_room(result.estimates["memory"]["peak"], device))
     # Weights that do not fit cannot be compared; what is wrong with them is said already.
     if verify != "headers" and experts.names and not _unfit(result):
-        _weights(result, merged, experts, linears, base, allow_duplicates, on_bad_module == "raise")
+        _weights(result, merged, experts, linears, base, wanted)
     result.seconds = time.perf_counter() - start
+    return result
+
+
+def run_preflight(config: Any, *inputs: Any, **depth: Any) -> Preflight:
+    """What ``quantize`` does first; it leaves the experts bound to the layers.
+
+    Args:
+        config: the run's ``EPMQConfig``.
+        inputs, depth: the other arguments of :func:`preflight`.
+
+    Warns:
+        EPMQWarning: for every warning that was found, once each.
+
+    Raises:
+        EPMQInputError: the run cannot succeed; all errors of the first kind, see
+            :meth:`Preflight.raise_errors`.
+    """
+    result = preflight(Wanted.of(config), *inputs, **depth)
+    result.raise_errors()
+    for finding in result.warnings:
+        warnings.warn(EPMQWarning(str(finding), code=finding.code), stacklevel=3)
     return result
 
 
@@ -214,40 +252,38 @@ def _room(peak: int, device: str) -> Iterator[Finding]:
 
 
 def _run_estimates(
+    wanted: Wanted,
     merged: Any,
     linears: Sequence[Linear],
-    tokens: Mapping[str, int],
+    tokens: int,
     experts: int,
     device: str,
     dtype_bytes: int | None,
-    *,
-    apart: int,
-    **targets: bool,
 ) -> dict[str, Any]:
-    total = sum(tokens.values())
-    config = merged.config()
-    shares = widths(linears, config)
+    shares = widths(linears, merged.config())
     # What passes from layer to layer; routed modules may be narrower.
-    hidden = normalised(config)["hidden_size"] or min(shares, default=0)
+    hidden = normalised(merged.config())["hidden_size"] or min(shares, default=0)
     dtype_bytes = dtype_bytes or _dtype_bytes(merged, linears)
-    half = estimates.measure_rate(device, torch.bfloat16) if dtype_bytes == 2 else None
+    targets = {"runs_experts": wanted.runs_experts, "chooses_alpha": wanted.chooses_alpha}
     return {
         "memory": estimates.memory(
             merged,
             linears,
-            tokens=total,
+            tokens=tokens,
             hidden=hidden,
             dtype_bytes=dtype_bytes,
-            apart=apart,
+            apart=experts if wanted.keeps_apart else 1,
             **targets,
         ),
         "time": estimates.duration(
             linears,
-            tokens=total,
+            tokens=tokens,
             experts=experts,
             shares=shares,
             rate=estimates.measure_rate(device),
-            forward_rate=half,
+            forward_rate=estimates.measure_rate(device, torch.bfloat16)
+            if dtype_bytes == 2
+            else None,
             device=device,
             **targets,
         ),
@@ -260,8 +296,7 @@ def _weights(
     experts: Any,
     linears: Sequence[Linear],
     base: Any | None,
-    allow_duplicates: bool,
-    stops: bool,
+    wanted: Wanted,
 ) -> None:
     try:
         experts.bind(linears)
@@ -269,7 +304,9 @@ def _weights(
         result.add([Finding.from_error(error)])
         return
     models = Models(merged, experts, base)
-    result.add(check_duplicates(equal_models(models, linears), allow_duplicates=allow_duplicates))
+    result.add(
+        check_duplicates(equal_models(models, linears), allow_duplicates=wanted.allow_duplicates)
+    )
     full = result.verify == "full"
     total = sum(linear.outputs * linear.inputs for linear in linears)
     vectors = TaskVectors(experts.names, has_base=base is not None, total=total)
@@ -295,5 +332,6 @@ def _weights(
         }
         result.add(finite.large(half))
     # What a sample meets by chance is no verdict on the whole: the run itself raises it.
-    result.add(finite.findings("error" if full and stops else "warning"))
+    stops = full and wanted.on_bad_module == "raise"
+    result.add(finite.findings("error" if stops else "warning"))
     result.bytes_read = models.bytes_read

@@ -214,7 +214,7 @@ def _compare(
     attempt: _Attempts,
 ) -> Preflight:
     from ..calibration.batches import input_rules
-    from ..checks.runs import check_run
+    from ..checks.check import Wanted, preflight
     from ..host.model_linears import check_architecture, quantizable_linears
     from ..io.checkpoints import Checkpoint
 
@@ -231,8 +231,8 @@ def _compare(
     merged = Checkpoint(folder, what="the merged model")
     used = next(model.model.parameters()).dtype.itemsize
     try:
-        return check_run(
-            config,
+        return preflight(
+            Wanted.of(config),
             merged,
             experts,
             linears,

@@ -24,8 +24,8 @@ from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization import gptq_cuda
 
 from ..checks import Preflight
+from ..checks.check import run_preflight
 from ..checks.estimates import committed
-from ..checks.runs import run_preflight
 from ..config import EPMQConfig
 from ..errors import EPMQError, EPMQInputError, EPMQWarning
 from ..experts.experts import Experts

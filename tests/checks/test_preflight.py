@@ -1,13 +1,15 @@
 """The preflight as a whole: what it finds, what it reads, and how it is raised."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from stores import CONFIG, average, codes, folder, linears, store, tensors
 
-from epmq_gptq.checks import Finding, Preflight, preflight
+from epmq_gptq.checks import Finding, Preflight, Wanted, preflight
+from epmq_gptq.checks.serving import Export
 from epmq_gptq.checks.weights import MERGED
 from epmq_gptq.errors import EPMQInputError
 from epmq_gptq.experts.experts import Experts
@@ -16,7 +18,7 @@ from epmq_gptq.io.checkpoints import Checkpoint
 
 BASE_STATE = tensors()
 A, B = (tensors(seed, like=BASE_STATE) for seed in (1, 2))
-OPTIONS = dict(group_size=-1)
+WANTED = Wanted(Export(group_size=-1))
 
 
 def experts(tmp_path, **states):
@@ -29,10 +31,13 @@ def _pair(state):
     return state if isinstance(state, tuple) else (state,)
 
 
-def check(tmp_path, merged=None, config=None, **states):
-    options = {k: states.pop(k) for k in list(states) if k in ("verify", "base", "tokens")}
+def check(tmp_path, merged=None, config=None, base=None, **states):
+    options = {k: states.pop(k) for k in list(states) if k in ("verify", "tokens")}
     merged = store(average([A, B]) if merged is None else merged, config=config)
-    return preflight(merged, experts(tmp_path, **states), linears(), **OPTIONS, **options)
+    opened = experts(tmp_path, **states)
+    if base is not None:
+        opened.base = (base, None)
+    return preflight(WANTED, merged, opened, linears(), **options)
 
 
 def test_a_good_set_of_inputs_has_no_errors_and_all_tables(tmp_path):
@@ -51,7 +56,7 @@ def test_headers_read_no_weight(tmp_path, monkeypatch):
     merged = Checkpoint(folder(tmp_path / "m", average([A, B])), what=MERGED)
     for method in ("read", "read_rows"):
         monkeypatch.setattr(Checkpoint, method, None)
-    result = preflight(merged, experts(tmp_path, a=A, b=B), linears(), verify="headers", **OPTIONS)
+    result = preflight(WANTED, merged, experts(tmp_path, a=A, b=B), linears(), verify="headers")
     assert not result.errors and result.bytes_read == 0 and result.similarity == {}
 
 
@@ -76,7 +81,7 @@ def test_a_sample_reads_what_it_says(tmp_path, monkeypatch):
     merged = Checkpoint(folder(tmp_path / "m", average([A, B])), what=MERGED)
     default = weights.Models.sample
     monkeypatch.setattr(weights.Models, "sample", lambda self, layers: default(self, layers, 1000))
-    result = preflight(merged, experts(tmp_path, a=A, b=B), linears(), **OPTIONS)
+    result = preflight(WANTED, merged, experts(tmp_path, a=A, b=B), linears())
     assert sum(read) == result.bytes_read
     # Three models: one block each to see that they differ, and the sample of each.
     assert result.bytes_read <= 3 * (16 * 8 * 4 + 1000)
@@ -124,7 +129,7 @@ def test_duplicates_are_refused_unless_allowed(tmp_path):
     result = check(tmp_path, merged=B, a=A, b=dict(A))
     assert codes(result.errors) == ["F17"]
     twins = experts(tmp_path / "again", a=A, b=dict(A))
-    allowed = preflight(store(B), twins, linears(), allow_duplicates=True, **OPTIONS)
+    allowed = preflight(replace(WANTED, allow_duplicates=True), store(B), twins, linears())
     assert not allowed.errors and "F17" in codes(allowed.findings, "note")
 
 
@@ -154,15 +159,15 @@ def test_values_that_the_run_may_meet_are_no_error(tmp_path):
     bad = {name: tensor.clone() for name, tensor in A.items()}
     bad["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
     merged = store(average([A, B]))
-    options = dict(verify="full", on_bad_module="rtn", **OPTIONS)
-    result = preflight(merged, experts(tmp_path, a=bad, b=B), linears(), **options)
+    wanted = replace(WANTED, on_bad_module="rtn")
+    result = preflight(wanted, merged, experts(tmp_path, a=bad, b=B), linears(), verify="full")
     assert not result.errors and codes(result.warnings) == ["F08"]
 
 
 def test_a_configuration_that_is_not_readable_hides_nothing_else(tmp_path):
     found = experts(tmp_path, a=A, b={**B, "model.layers.0.mlp.up_proj.weight": torch.ones(16, 9)})
     (tmp_path / "a" / "config.json").write_text("{")
-    result = preflight(store(average([A, B])), found, linears(), **OPTIONS)
+    result = preflight(WANTED, store(average([A, B])), found, linears())
     assert codes(result.errors) == ["F13", "F03"]
     assert [error.subject for error in result.errors] == ["expert `a`", "expert `b`"]
 
@@ -194,7 +199,7 @@ def test_an_adapter_of_another_hub_model_is_one_warning(tmp_path, named, used, w
     for given in ({"base": str(base)}, {}):
         spec = str(adapter) if given else f"{base}+{adapter}"
         opened = Experts({"a": spec}, **given)
-        result = preflight(store(BASE_STATE), opened, linears(), **OPTIONS)
+        result = preflight(WANTED, store(BASE_STATE), opened, linears())
         assert codes(result.findings) == (["F34"] if warned else [])
         if warned:
             (finding,) = result.warnings
@@ -208,7 +213,7 @@ def test_routed_modules_do_not_make_the_activations_narrow(tmp_path):
     thin.append(Linear("narrow", (8, 4), ("narrow.weight",)))
     state = {**A, "narrow.weight": torch.ones(8, 4)}
     found = experts(tmp_path, a=(state,), b={**B, "narrow.weight": torch.zeros(8, 4)})
-    result = preflight(store(state), found, thin, tokens={"a": 100}, **(OPTIONS))
+    result = preflight(WANTED, store(state), found, thin, tokens={"a": 100})
     # Both copies of 100 tokens of hidden_size 8 in fp32.
     assert result.estimates["memory"]["activations"] == 2 * 100 * 8 * 4
 
@@ -227,11 +232,10 @@ def test_a_tied_head_cannot_be_quantized(tmp_path):
     merged = {name: tensor for name, tensor in A.items() if name != "lm_head.weight"}
     head = Linear("lm_head", (20, 8), ("lm_head.weight",))
     result = preflight(
+        Wanted(Export(group_size=-1, lm_head=True)),
         store(merged, config={**CONFIG, "tie_word_embeddings": True}),
         experts(tmp_path, a=(merged, {**CONFIG, "tie_word_embeddings": True})),
         [*linears(), head],
-        lm_head=True,
-        **OPTIONS,
     )
     assert codes(result.errors) == ["F37"]
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from epmq_gptq import EPMQConfig, cli
-from epmq_gptq.checks.runs import run_preflight
+from epmq_gptq.checks.check import run_preflight
 from epmq_gptq.commands.inspection import Subject, inspect
 from epmq_gptq.errors import EPMQInputError, EPMQWarning
 from epmq_gptq.experts.experts import Experts
