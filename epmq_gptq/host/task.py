@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 import types
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -20,37 +19,9 @@ from ..errors import EPMQNumericalError
 from ..experts.experts import check_finite
 from ..kernels.factor import inverse_factor
 from ..method.expert_error import Watch
-from ..method.statistics import Moments
+from ..method.solve import BiasAim, Guard, Solution
 from ..method.target import gain
 from ..run_report import ModuleReport
-
-
-class BiasAim(NamedTuple):
-    """What a bias is fitted to: b − b_m is the mean of ``outputs / count`` less what Q gives.
-
-    Attributes:
-        outputs: ``(out,)`` Σ (T − b_m).
-        inputs: ``(d,)`` Σ x.
-        count: of tokens.
-    """
-
-    outputs: torch.Tensor
-    inputs: torch.Tensor
-    count: float
-
-
-class Guard(NamedTuple):
-    """What the rounded target must not be worse than: the rounded merge, on held-out rows.
-
-    Attributes:
-        W_m: ``(out, d)`` fp32.
-        H_E: ``(d, d)`` the curvature of both roundings.
-        held_out: moments of rows that the target was chosen by.
-    """
-
-    W_m: torch.Tensor
-    H_E: torch.Tensor
-    held_out: Moments
 
 
 class EPMQ(GPTQ):
@@ -98,22 +69,29 @@ class EPMQ(GPTQ):
             seconds=0.0,
         )
 
-    def aim(self, W_target: torch.Tensor, H_E: torch.Tensor, tokens: int) -> None:
-        """Set what is rounded: ``W_target: (out, d)`` with curvature ``H_E: (d, d)`` (copied)."""
+    def aim(self, solution: Solution, tokens: int) -> None:
+        """Round towards a solution, which so many calibration tokens led to."""
+        self.say(solution)
+        self.report.merge_excess = solution.merge_excess
+        self._bias, self._guard = solution.bias, solution.guard
+        self._round_next(solution.W, solution.H_E, tokens)
+
+    def say(self, solution: Solution) -> None:
+        """What the report has of a solution, solvable or not."""
+        report = self.report
+        report.weights = solution.weights or report.weights
+        report.held_out = solution.held_out or report.held_out
+        if solution.H_E is not None:
+            report.lam, report.alpha = solution.lam, solution.alpha
+        if solution.merged:
+            report.target, report.reason = "merged", solution.reason
+
+    def _round_next(self, W: torch.Tensor, H_E: torch.Tensor, tokens: int) -> None:
         # The host normalises its Hessian by 2/n and reports a loss per token.
-        self.H, self.module_copy = H_E * (2.0 / tokens), W_target
-        self._device = W_target.device
+        self.H, self.module_copy = H_E * (2.0 / tokens), W
+        self._device = W.device
         self.nsamples = tokens
         self._hessian_dirty = False
-
-    def aim_bias(self, W_m: torch.Tensor, moments: Moments) -> None:
-        """Fit the bias as well, once the weight is rounded; ``W_m: (out, d)`` and its moments."""
-        # Σ (T − b_m − Q x) = Σ (T − b_m − W_m x) + W_m s − Q s, so W_m need not be kept.
-        self._bias = BiasAim(moments.outputs + W_m @ moments.inputs, moments.inputs, moments.count)
-
-    def guard(self, W_m: torch.Tensor, H_E: torch.Tensor, held_out: Moments) -> None:
-        """Once the target is rounded, compare it with the rounded merge on the held-out rows."""
-        self._guard = Guard(W_m, H_E, held_out)
 
     def watch(self, watch: Watch, W_target: torch.Tensor) -> None:
         """Report how far the outputs lie from every expert's, now and once this is rounded."""
@@ -168,15 +146,35 @@ class EPMQ(GPTQ):
             remedy="Raise `alpha` (for this layer: `alpha_pattern`) or give more calibration rows.",
         )
 
-    def no_input(self, tokens: int) -> EPMQNumericalError:
-        """The error for a layer whose calibration inputs are all zero, or none."""
+    def fault(self, solution: Solution, tokens: int) -> EPMQNumericalError:
+        """The error for a solution with a ``fault``, from so many calibration tokens."""
+        if solution.fault == "indefinite":
+            return self.not_positive_definite()
+        if solution.fault == "not finite":
+            try:
+                check_finite(solution.W, f"`{self.full_name}`: target W*", module=self.full_name)
+            except EPMQNumericalError as error:
+                return error
+        cause, code, remedy = {
+            "no input": (
+                f"every input is zero over {tokens} calibration tokens.",
+                "EPMQ-F31",
+                "Check the merged weights before it (a norm of zeros?), or leave the layer out "
+                "with `dynamic`.",
+            ),
+            "rank": (
+                f"alpha = 0 leaves the objective singular: the Gram has rank {solution.rank} of "
+                f"{self.columns} (from {tokens} tokens).",
+                "EPMQ-F29",
+                "Set `alpha` above 0 or give more varied calibration rows.",
+            ),
+        }[solution.fault]
         return EPMQNumericalError(
-            f"`{self.full_name}`: every input is zero over {tokens} calibration tokens.",
+            f"`{self.full_name}`: {cause}",
             module=self.full_name,
-            code="EPMQ-F31",
+            code=code,
             subject=f"module `{self.full_name}`",
-            remedy="Check the merged weights before it (a norm of zeros?), or leave the layer out "
-            "with `dynamic`.",
+            remedy=remedy,
         )
 
     @torch.inference_mode()
@@ -254,7 +252,7 @@ class EPMQ(GPTQ):
             return result
         numbers = self.report.loss, self.report.excess
         # Of a copy, for the host works on what it is given.
-        self.aim(guard.W_m.clone(), guard.H_E, self.nsamples)
+        self._round_next(guard.W_m.clone(), guard.H_E, self.nsamples)
         plain = self._rounded(blocksize)
         theirs = self._gain(plain[0], None, guard)
         if theirs <= ours:

@@ -20,7 +20,7 @@ from epmq_gptq.checks import check
 from epmq_gptq.errors import EPMQWarning
 from epmq_gptq.experts.passes.trajectories import ExpertTrajectories
 from epmq_gptq.host import loop as layer_loop
-from epmq_gptq.host.solver import TargetSolver
+from epmq_gptq.host import solver
 from epmq_gptq.kernels.gram import gram_update, mirror_
 from epmq_gptq.kernels.product import cross_update, product_update
 from epmq_gptq.method.chunks import device_error, is_out_of_memory
@@ -127,7 +127,7 @@ def test_a_run_with_little_room_for_products(family, room_for):
 
 FOR_GOOD = {
     "counting its inputs": (GroupStatistics, "_put_on_stage"),
-    "its target": (TargetSolver, "_factor"),
+    "its target": (solver, "solve"),
     "rounding it": (GPTQ, "quantize"),
     "an expert's own pass": (ExpertTrajectories, "_run_batch"),
 }

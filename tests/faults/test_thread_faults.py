@@ -19,8 +19,8 @@ from epmq_gptq import EPMQConfig, EPMQDeviceError, EPMQHostError, EPMQInputError
 from epmq_gptq.errors import EPMQWarning
 from epmq_gptq.host import door as host
 from epmq_gptq.host import loop as layer_loop
+from epmq_gptq.host import solver
 from epmq_gptq.host.processor import EPMQProcessor
-from epmq_gptq.host.solver import TargetSolver
 from epmq_gptq.host.task import EPMQ
 from epmq_gptq.kernels import exact
 from epmq_gptq.method.statistics import GroupStatistics
@@ -49,7 +49,7 @@ def raising(error):
 PHASES = {
     "counting": (EPMQProcessor, "_count"),
     "folding": (GroupStatistics, "_fold_sums"),
-    "solving": (TargetSolver, "_factor"),
+    "solving": (solver, "solve"),
     "rounding": (GPTQ, "quantize"),
     "packing": (GPTQProcessor, "submodule_finalize"),
 }

@@ -18,10 +18,10 @@ from epmq_gptq import EPMQConfig, EPMQInputError
 from epmq_gptq.calibration.batches import plan_inputs
 from epmq_gptq.calibration.encoded import EncodedCalibration, RowCounts
 from epmq_gptq.calibration.text import TokenRow, TokenRules
-from epmq_gptq.host import solver
-from epmq_gptq.host.solver import PLAIN_DAMPING
 from epmq_gptq.host.task import EPMQ
+from epmq_gptq.method import solve as solving
 from epmq_gptq.method.choice import GRID, Chosen
+from epmq_gptq.method.solve import PLAIN_DAMPING
 from epmq_gptq.method.target import ANCHORS
 
 
@@ -72,7 +72,7 @@ def test_a_report_with_an_alpha_that_cannot_be_solved_is_json(case, tmp_path, mo
     def with_one(fitted, held_out, **options):
         return Chosen(0.1, {0.001: float("-inf"), 0.1: 1.0})
 
-    monkeypatch.setattr(solver, "choose_alpha", with_one)
+    monkeypatch.setattr(solving, "choose_alpha", with_one)
     _, report = case.quantize(tmp_path / "out")
     assert {tuple(m.held_out) for m in report.modules} == {("0.1",)}
     json.dumps(report.to_dict(), allow_nan=False)
@@ -189,7 +189,7 @@ def test_the_guard_takes_the_rounded_merge_where_the_rounded_target_is_worse(
         compared.append((self.full_name, guard.W_m.clone()))
         return gain(self, Q, shift, guard)
 
-    monkeypatch.setattr(solver, "choose_alpha", careless)
+    monkeypatch.setattr(solving, "choose_alpha", careless)
     monkeypatch.setattr(EPMQ, "_gain", watched)
     # Blocks of fewer columns than the layers have.
     monkeypatch.setattr(EPMQ, "_quantized", lambda self, blocksize: rounded(self, 32))

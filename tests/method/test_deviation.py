@@ -239,5 +239,5 @@ def test_the_gptq_profile_is_gptq_of_the_merge_with_figures_per_expert(tmp_path)
 
 
 def test_another_word_for_alpha_is_refused():
-    with pytest.raises(ValueError, match='a number, "auto" or "gptq"'):
+    with pytest.raises(ValueError, match='"auto" or "gptq", got'):
         EPMQConfig(experts={"a": "x"}, alpha="none")
