@@ -522,7 +522,7 @@ class EPMQConfig(GPTQConfig):
         known = [option.name for option in dataclasses.fields(cls) if option.init]
         for name in options:
             if name not in known:
-                raise unknown_key(name, known, "EPMQConfig", f"`{name}`")
+                raise unknown_key(name, known, "", f"`{name}`")
         return cls(**options)
 
     def to_json(self) -> str:

@@ -200,7 +200,7 @@ def unknown_key(
     meant = closest(key, known)
     hint = f"Did you mean `{meant}`?" if meant else f"Known: {', '.join(known)}."
     return EPMQInputError(
-        f"{place}: `{str(key)[:80]}` is not an option.",
+        f"{place + ': ' if place else ''}`{str(key)[:80]}` is not an option.",
         code=code or "EPMQ-O02",
         subject=subject,
         remedy=remedy or hint,
