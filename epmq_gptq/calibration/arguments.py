@@ -36,18 +36,18 @@ def parse_calibration(values: Sequence[str]) -> dict[str, Any]:
     return block
 
 
-def _written(text: str, experts: Sequence[str]) -> dict[str, Any]:
+def _written(text: str) -> dict[str, Any]:
     try:
         block = parse_yaml(text)
     except EPMQInputError as error:
         raise error.within("`--calibration`") from error
-    return _checked(block, Path.cwd(), "`{...}`", experts)
+    return _checked(block, Path.cwd(), "`{...}`")
 
 
-def _read(file: Path, experts: Sequence[str]) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     file = resolve_path(str(file), Path())
     block = read_data(file, f"`--calibration {file.name}`", parse_yaml)
-    return _checked(block, file.parent, f"`{file.name}`", experts)
+    return _checked(block, file.parent, f"`{file.name}`")
 
 
 def _checked(block: Any, folder: Path, what: str) -> dict[str, Any]:
