@@ -16,21 +16,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from .figures import Figures, mean_figures
-from .texts import number, percent, points, shown_size
+from .texts import NAMES, cut, number, percent, points, shown_size
 
-NAMES = {
-    "rounded": "after",
-    "merged": "before",
-    "change": "change: after − before",
-    "gptq": "under plain GPTQ",
-    "over_gptq": "after − plain GPTQ",
-    "quantization": "rounding part",
-    "cross": "cross term",
-    "solved": "target, before rounding",
-    "aim_merged": "aim: before",
-    "aim_rounded": "aim: after",
-    "aim_change": "aim: after − before",
-}
 SIGNED = ("change", "over_gptq", "cross", "aim_change")
 # Figures of one kind share their colours, so that two of them can be compared.
 _LEVELS = ("rounded", "merged", "gptq", "solved", "aim_merged", "aim_rounded")
@@ -74,14 +61,6 @@ def page_charts(document: dict[str, Any], known: Sequence[str]) -> dict[str, Any
 def safe(text: object) -> str:
     """Text that plotly shows as it is."""
     return html.escape(" ".join(str(text).split()), quote=False)
-
-
-def cut(text: str, length: int) -> str:
-    """Text of at most ``length`` characters: its middle goes."""
-    if len(text) <= length:
-        return text
-    head = length // 2
-    return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
 
 
 def _per_cent(share: float | None, digits: int = 4) -> float | None:
@@ -154,8 +133,11 @@ def _map(document: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
     chart: dict[str, Any] = {"figures": [], "variants": {}}
     for view, (title, rows, columns, ticks, cells) in views.items():
         chart["figures"].append(_plain(_heat_map(title, rows, columns, ticks)))
+        levels = [key for key in known if key in _LEVELS]
+        shared = [value for key in levels for value in _known(key, cells)]
         for key in known:
-            variant = _values(key, known, cells)
+            values = shared if key in _LEVELS else _known(key, cells)
+            variant = _values(key, cells, values, len(levels) if key in _LEVELS else 1)
             chart["variants"][f"{key} {view}"] = {"figure": len(chart["figures"]) - 1} | variant
     return chart
 
@@ -198,14 +180,21 @@ def _heat_map(
     return go.Figure(trace, layout)
 
 
+def _known(key: str, cells: Sequence[Sequence[Figures | None]]) -> list[float]:
+    return [c[key] for row in cells for c in row if c is not None and c[key] is not None]
+
+
 def _values(
-    key: str, known: Sequence[str], cells: Sequence[Sequence[Figures | None]]
+    key: str, cells: Sequence[Sequence[Figures | None]], values: list[float], alike: int
 ) -> dict[str, Any]:
-    """Values in per cent, their colours, and what is to be said of these."""
+    """Values in per cent, their colours, and what is to be said of these.
 
-    def all_of(one: str) -> list[float]:
-        return [c[one] for row in cells for c in row if c is not None and c[one] is not None]
-
+    Args:
+        key: the figure.
+        cells: by row and column.
+        values: that the colours are chosen by.
+        alike: how many figures share these.
+    """
     z = [[None if c is None else _per_cent(c[key]) for c in row] for row in cells]
     notes = ["Grey: not measured."] if any(value is None for row in z for value in row) else []
     bar = {
@@ -213,7 +202,7 @@ def _values(
         "thickness": 10, "outlinewidth": 0, "ticks": "outside",
     }  # fmt: skip
     if key in SIGNED:
-        sizes = sorted(map(abs, all_of(key)))
+        sizes = sorted(map(abs, values))
         most, usual = (sizes[-1] or 1e-6, sizes[int(0.98 * (len(sizes) - 1))]) if sizes else (1, 1)
         end = usual if most > 3 * usual > 0 else most
         if end < most:
@@ -222,8 +211,7 @@ def _values(
         scale = {"colorscale": "RdBu", "reversescale": True, "zmin": -100 * end, "zmax": 100 * end}
         trace = scale | {"colorbar": bar | {"title": {"text": side, "side": "top"}}}
         return {"trace": {"z": z} | trace, "unit": "points", "note": " ".join(notes)}
-    group = [one for one in known if one in _LEVELS] if key in _LEVELS else [key]
-    positive = [100 * value for one in group for value in all_of(one) if value > 0]
+    positive = [100 * value for value in values if value > 0]
     low, high = (min(positive), max(positive)) if positive else (0.0, 1.0)
     title = "% of output energy"
     variant: dict[str, Any] = {"unit": "%"}
@@ -235,7 +223,7 @@ def _values(
     else:
         low = 0.0
     notes.append("Bright is far from the expert.")
-    if len(group) > 1:
+    if alike > 1:
         notes.append("One scale for all figures before and after, so that they can be compared.")
     trace = {"z": z, "colorscale": "Viridis", "reversescale": False, "zmin": low, "zmax": high}
     trace["colorbar"] = bar | {"title": {"text": title, "side": "top"}}

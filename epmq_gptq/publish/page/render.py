@@ -16,14 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs, get_plotlyjs_version
-
 from ...io.console import human_size
 from ...run_report import QuantizationReport
-from .charts import NAMES, cut, page_charts
 from .figures import report_figures
 from .retention import Retention
-from .texts import duration, number, percent, points
+from .texts import NAMES, cut, duration, number, percent, points
 
 _ASSETS = Path(__file__).parent / "assets"
 # Digits that are told; the JSON document has them all.
@@ -51,6 +48,11 @@ def report_page(
 
 def page_of(document: dict[str, Any]) -> str:
     """The page of what :func:`~epmq_gptq.publish.page.report_figures` returned."""
+    # Here, since plotly takes a second to import, and whoever quantizes comes by this file.
+    from plotly.offline import get_plotlyjs, get_plotlyjs_version
+
+    from .charts import page_charts
+
     known = _present(document)
     data = {"charts": page_charts(document, known), "table": module_table(document)}
     scripts = {"plotly": get_plotlyjs().replace("\r", ""), "page": _asset("page.js")}

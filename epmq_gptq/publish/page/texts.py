@@ -4,6 +4,29 @@ from __future__ import annotations
 
 from ...io.console import human_size
 
+# Figure → what the page calls it.
+NAMES = {
+    "rounded": "after",
+    "merged": "before",
+    "change": "change: after − before",
+    "gptq": "under plain GPTQ",
+    "over_gptq": "after − plain GPTQ",
+    "quantization": "rounding part",
+    "cross": "cross term",
+    "solved": "target, before rounding",
+    "aim_merged": "aim: before",
+    "aim_rounded": "aim: after",
+    "aim_change": "aim: after − before",
+}
+
+
+def cut(text: str, length: int) -> str:
+    """Text of at most ``length`` characters: its middle goes."""
+    if len(text) <= length:
+        return text
+    head = length // 2
+    return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
+
 
 def percent(share: float | None) -> str:
     """A share as per cent with three significant digits."""
