@@ -110,13 +110,13 @@ class Experts:
     @property
     def folders(self) -> dict[str, Path]:
         """Every folder that is read, by what errors call it."""
-        places = {"`base`": self.base[1].path} if self.base else {}
+        paths = {"`base`": self.base[1].path} if self.base else {}
         for name, expert in self._experts.items():
             if expert.source.path is not None:
-                places[f"expert `{name}`"] = expert.source.path
+                paths[f"expert `{name}`"] = expert.source.path
             if expert.base is not None and expert.base.path is not None:
-                places[f"base of expert `{name}`"] = expert.base.path
-        return places
+                paths[f"base of expert `{name}`"] = expert.base.path
+        return paths
 
     def expert(self, name: str) -> Expert:
         """One expert."""
@@ -224,9 +224,7 @@ class Experts:
                 self._adapted[name] = expert.adapter.bind(self._bound.values(), expert.store)
 
     def _find(self, expert: Expert, linear: Linear) -> StoredWeight:
-        stored = expert.replacement(linear)
-        store = expert.adapter.tensors if stored is not None else expert.store
-        return find_weight(store, linear, stored)
+        return find_weight(self._store_of(expert, linear), linear, expert.replacement(linear))
 
     def _misfit(self, name: str, problems: list[EPMQInputError]) -> EPMQInputError:
         listed = [problem.cause.rstrip(".") for problem in problems[:_LISTED]]

@@ -124,7 +124,7 @@ def test_full_finds_a_nan_in_an_expert(recipe, models, tmp_path):
 
 def test_mistakes_on_the_command_line_are_one_line(recipe, tmp_path):
     for arguments, text in (
-        ((recipe(), "--verify", "deep"), "`verify` should be one of"),
+        ((recipe(), "--verify", "deep"), "invalid value for '--verify'"),
         ((tmp_path / "none.yaml",), "none.yaml"),
         ((recipe(), "--json", tmp_path / "no" / "x.json"), "`--json`"),
         ((recipe(), "--base", "org/x"), "`--base` goes with a merged model"),
