@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EPMQInputError
-from ..io.yaml_files import parse_yaml, read_data, resolve_path
+from ..io.yaml_files import exists, parse_yaml, read_data, resolve_path
 from .sources import DATA_FREE, given_sources, recipe_calibration
 
 
@@ -46,6 +46,9 @@ def _written(text: str) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     file = resolve_path(str(file), Path())
+    if not exists(file):
+        cause = f"`{file.name}` cannot be read: No such file"
+        raise _wrong(cause, "Give name=FILE, or a YAML file.")
     block = read_data(file, f"`--calibration {file.name}`", parse_yaml)
     return _checked(block, file.parent, f"`{file.name}`")
 
