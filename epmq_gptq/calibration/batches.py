@@ -61,6 +61,19 @@ class CalibrationPlan:
         self.experts += [expert] * len(batches)
         self.held_out += [held_out] * len(batches)
 
+    def split(self, batch_size: int) -> CalibrationPlan:
+        """The same rows, padded as they are, in batches of at most ``batch_size``."""
+        plan = replace(self, batches=[], experts=[], held_out=[])
+        for batch, expert, held_out in zip(self.batches, self.experts, self.held_out, strict=True):
+            rows = len(next(iter(batch.values())))
+            starts = range(0, rows, batch_size)
+            parts = [
+                {name: tensor[start : start + batch_size] for name, tensor in batch.items()}
+                for start in starts
+            ]
+            plan.add(expert, parts, held_out=held_out)
+        return plan
+
     def __len__(self) -> int:
         return sum(self.rows.values())
 
@@ -76,6 +89,27 @@ class CalibrationPlan:
     def calibration(self) -> dict[str, dict[str, Any]]:
         """:attr:`counts` as plain data, for reports."""
         return {name: asdict(counts) for name, counts in self.counts.items()}
+
+
+def split_rows(value: Any, sizes: Sequence[int]) -> list[Any]:
+    """What was kept of a batch, for each of the smaller batches that it is split into.
+
+    Args:
+        value: tensors ``(B, ...)``, and lists, tuples and dicts of them. Others are shared by all.
+        sizes: rows of the smaller batches; their sum is B.
+    """
+    if torch.is_tensor(value):
+        # Of one axis are positions of tokens, never rows.
+        if value.dim() < 2 or len(value) != sum(sizes) or len(sizes) == 1:
+            return [value] * len(sizes)
+        return [part.clone() for part in value.split(list(sizes))]
+    if isinstance(value, (list, tuple)):
+        parts = [split_rows(one, sizes) for one in value]
+        return [type(value)(part[i] for part in parts) for i in range(len(sizes))]
+    if isinstance(value, dict):
+        split = {key: split_rows(one, sizes) for key, one in value.items()}
+        return [{key: parts[i] for key, parts in split.items()} for i in range(len(sizes))]
+    return [value] * len(sizes)
 
 
 def _with_ids(batch: dict[str, torch.Tensor], positions: int) -> dict[str, torch.Tensor]:

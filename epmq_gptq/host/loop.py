@@ -112,8 +112,11 @@ def quantize_with_experts(
             extension = stack.enter_context(_resumable(model, checkpoint, phases))
         linears = list(quantizable_linears(model))
         settle_alpha(config, merged)
+        first_size, batch_size = (
+            extension.batch_sizes(batch_size) if extension else (batch_size, batch_size)
+        )
         plan = planned(
-            model, experts, calibration, calibration_sort, batch_size, calibration_concat_size
+            model, experts, calibration, calibration_sort, first_size, calibration_concat_size
         )
         dtype = next(model.model.parameters()).dtype
         checked = run_preflight(
@@ -131,8 +134,9 @@ def quantize_with_experts(
                 identity = run_identity(config, merged, experts, plan, dtype, device)
             extension.check(identity)
             extension.adapter = EPMQCheckpointAdapter(
-                identity, lambda: _spent(model, phases, start)
+                identity, (first_size, batch_size), lambda: _spent(model, phases, start)
             )
+            plan = plan.split(batch_size)
         trajectories = trajectories_of(model, merged, experts, plan, linears, phases)
         if trajectories is not None:
             stack.callback(trajectories.close)

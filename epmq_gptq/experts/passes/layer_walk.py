@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...calibration.batches import split_rows
 from ...errors import EPMQInputError, EPMQNumericalError
 from .skeleton import LayerStack
 
@@ -144,6 +145,33 @@ class LayerWalk:
         if not stack.is_read:
             self._outputs.pop(stack.path, None)
             self._shared.clear()
+
+
+def split_state(state: Mapping[str, Any], pieces: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """A :meth:`LayerWalk.state` for smaller batches.
+
+    Args:
+        state: of a walk over the former batches.
+        pieces: former batch → rows of each batch that it was split into.
+    """
+    tensors = list(state["tensors"])
+
+    def split(place: Any, sizes: Sequence[int]) -> list[Any]:
+        if isinstance(place, tuple):
+            return list(zip(*(split(one, sizes) for one in place), strict=True))
+        parts = [] if place is None else split_rows(tensors[place], sizes)
+        if not parts or parts[0] is tensors[place]:
+            return [place] * len(sizes)
+        tensors.extend(parts)
+        return list(range(len(tensors) - len(parts), len(tensors)))
+
+    outputs = {
+        path: [
+            part for place, sizes in zip(each, pieces, strict=True) for part in split(place, sizes)
+        ]
+        for path, each in state["outputs"].items()
+    }
+    return {"tensors": tensors, "outputs": outputs}
 
 
 def _fingerprint(value: Tensor) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import transformers
 from gptqmodel.looper.checkpoint_devices import checkpoint_device_topology
 from gptqmodel.looper.gptq_checkpoint import QuantizationCheckpointAdapter
 
+from ...calibration.batches import split_rows
 from ...errors import EPMQHostError
 from ...experts.linears import name_in_layer
+from ...experts.passes.layer_walk import split_state
+from .identity import BATCH_SIZES
 
 # Files of recorded statistics go beside the host's packed modules, whose names have no slash.
 _STATISTICS = "statistics/"
@@ -28,6 +32,7 @@ class EPMQCheckpointAdapter(QuantizationCheckpointAdapter):
 
     Args:
         identity: of the run, see :func:`~epmq_gptq.host.resume.identity.run_identity`.
+        batch_sizes: the one that the rows were batched with by the first attempt, and this one's.
         spent: what this attempt has spent so far: ``{"seconds": …, "phases": {…}}``.
 
     Attributes:
@@ -36,8 +41,14 @@ class EPMQCheckpointAdapter(QuantizationCheckpointAdapter):
         layer: that has just ended.
     """
 
-    def __init__(self, identity: Mapping[str, Any], spent: Callable[[], dict[str, Any]]):
+    def __init__(
+        self,
+        identity: Mapping[str, Any],
+        batch_sizes: tuple[int, int],
+        spent: Callable[[], dict[str, Any]],
+    ):
         self._identity = dict(identity)
+        self._batch_sizes = batch_sizes
         self._spent = spent
         self.before: dict[str, Any] = {}
         self.attempts = 1
@@ -64,6 +75,7 @@ class EPMQCheckpointAdapter(QuantizationCheckpointAdapter):
         return {
             "adapter_version": self.VERSION,
             "epmq": self._identity,
+            BATCH_SIZES: list(self._batch_sizes),
             "device_topology": checkpoint_device_topology(self.execution.execution_device_pools()),
             "packed_kernel": str(self.model.qlinear_kernel),
             "runtime": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -96,6 +108,7 @@ class EPMQCheckpointAdapter(QuantizationCheckpointAdapter):
         modules, self._recorded = _apart(artifacts)
         for name in state["specs"]:
             _name_sizes(self.model.model.get_submodule(name))
+        _split_batches(state["processors"][0], self.processor.plan.batches)
         super().restore(state, modules)
         if state["definition"] is not None:
             self.model.load_continuation_state_dict(state["definition"])
@@ -116,6 +129,28 @@ class EPMQCheckpointAdapter(QuantizationCheckpointAdapter):
 def _definition_state(model: Any) -> Any:
     get = getattr(type(model), "continuation_state_dict", None)
     return None if get is None else get(model)
+
+
+def _split_batches(state: dict[str, Any], batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Bring what is kept of each batch to this attempt's batches, which may be smaller."""
+    cache = state["cache"]
+    rows = [len(next(iter(batch.values()))) for batch in batches]
+    if len(cache.layer_inputs) == len(rows):
+        return
+    pieces: list[list[int]] = []
+    for inputs in cache.layer_inputs:
+        pieces.append([])
+        while sum(pieces[-1]) < len(inputs[0]):
+            pieces[-1].append(rows.pop(0))
+    for field in fields(cache):
+        former = getattr(cache, field.name)
+        if len(former or ()) == len(pieces):
+            parts = [split_rows(one, sizes) for one, sizes in zip(former, pieces, strict=True)]
+            setattr(cache, field.name, [part for each in parts for part in each])
+    state["num_batches"] = len(batches)
+    if "trajectories" in state["epmq"]:
+        passes = state["epmq"]["trajectories"]
+        passes["walk"] = split_state(passes["walk"], pieces)
 
 
 def _apart(artifacts: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, Path]]:

@@ -25,6 +25,9 @@ from ...io.checkpoints import Checkpoint, file_digest
 
 SCHEMA = 1
 
+# Kept beside the identity and not compared: a run that found no memory goes on in smaller batches.
+BATCH_SIZES = "batch_sizes"
+
 # Options that say where things are or what is told of a run; models are compared by content.
 _NOT_COMPARED = (
     "experts",

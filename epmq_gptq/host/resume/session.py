@@ -23,12 +23,13 @@ from gptqmodel.looper.extension import LoopBoundary
 
 from ...config import EPMQConfig
 from ...errors import EPMQError, EPMQInputError, EPMQStopped, EPMQWarning
+from ...io.declared import is_count
 from ...io.families import FAMILIES
 from ...io.interrupts import handled
 from ...io.output import check_output, ran_full
 from ...io.phases import Phases
 from .attempts import Attempt, clear_dead
-from .identity import another_run, refuse_another_run
+from .identity import BATCH_SIZES, another_run, refuse_another_run
 
 # Of the time of a run, what its checkpoints may take.
 SHARE = 0.05
@@ -180,7 +181,13 @@ class Resumable(CheckpointExtension):
     def __init__(self, config: CheckpointConfig, phases: Phases | None = None):
         super().__init__(config, None)
         self.phases = phases or Phases()
-        self.store = Store(config, identity_projection=self.store._identity_projection)
+        projection = self.store._identity_projection
+        self.store = Store(
+            config,
+            identity_projection=lambda identity: projection(
+                {key: value for key, value in identity.items() if key != BATCH_SIZES}
+            ),
+        )
         self._start = time.perf_counter()
         self.cost = self._last = 0.0
         self.commits = 0
@@ -196,21 +203,38 @@ class Resumable(CheckpointExtension):
         Raises:
             EPMQInputError: naming what has changed.
         """
-        references = self.store._current()
-        if not references or self.store.config.resume == "never":
+        manifest = self._manifest()
+        if manifest is None or self.store.config.resume == "never":
             self.store.load(dict(identity))  # says what `resume` does not allow
             return
-        for reference in references:
+        before = manifest["identity"].get("epmq")
+        if not isinstance(before, Mapping):
+            raise another_run(["it is not of E-PMQ"], self.name)
+        refuse_another_run(before, identity, self.name)
+
+    def batch_sizes(self, asked: int) -> tuple[int, int]:
+        """The size that rows are batched with, and the size that these batches are split to.
+
+        Rows are padded, held out and compared with those of the first attempt as they were
+        batched then; an attempt with a smaller size splits these batches.
+
+        Args:
+            asked: ``batch_size`` of this attempt.
+        """
+        manifest = self._manifest()
+        if manifest is None or not is_count(asked):
+            return asked, asked
+        first, last = manifest["identity"].get(BATCH_SIZES, (asked, asked))
+        return first, min(last, asked)
+
+    def _manifest(self) -> dict[str, Any] | None:
+        """The newest that is whole."""
+        for reference in self.store._current() or ():
             try:
-                manifest = json.loads(self.store.get(reference))
-                refuse_another_run(manifest["identity"]["epmq"], identity, self.name)
+                return json.loads(self.store.get(reference))
             except CheckpointCorrupt:
-                continue  # the one before it is looked for; where there is none `load` says so
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                if isinstance(error, EPMQInputError):
-                    raise
-                raise another_run(["it is not of E-PMQ"], self.name) from error
-            return
+                continue
+        return None
 
     def on_boundary(self, boundary: LoopBoundary) -> None:
         """At the end of a layer: commit it, or leave it for later."""
