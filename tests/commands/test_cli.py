@@ -211,7 +211,10 @@ def no_model(monkeypatch):
     ("changes", "parts"),
     [
         ({"quantise": {}}, ["`quantise` is not an option", "`quantize`"]),
-        ({"quantize": {"group_sise": 64}}, ["`quantize`: ", "`group_sise` is not an option", "`group_size`"]),
+        (
+            {"quantize": {"group_sise": 64}},
+            ["`group_sise` is not an option", "`group_size`"],
+        ),
         ({"quantize": {"alpha": -1}}, ["`quantize`: `alpha` should be a number"]),
         ({"quantize": {"damp_percent": 0.1}}, ["`damp_percent` is not an option", "`alpha`"]),
         ({"calibration": {"math": "math.jsonl"}}, ["without rows: code"]),

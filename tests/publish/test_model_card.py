@@ -360,7 +360,7 @@ def test_t5_is_loaded_with_its_line(tmp_path):
     text = model_card(checkpoint(tmp_path / "out", config=config))
     told = section(text, "How to load it")
     assert "T5PreTrainedModel._init_weights = lambda self, module: None" in told
-    assert "AutoModelForSeq2SeqLM" in told and "import epmq_gptq" in told
+    assert "AutoModelForSeq2SeqLM" in told and "epmq_gptq.install()" in told
     assert "- vLLM 0.32.0: it has no T5." in told and "- transformers" not in told
     assert "pipeline_tag" not in data_of(text)
 

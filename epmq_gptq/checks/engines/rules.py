@@ -492,7 +492,7 @@ _SGLANG_MODELS = "sglang/srt/models/registry.py"
 _HOST = "gptqmodel/nn_modules/qlinear/"
 _TGI = "server/text_generation_server/"
 _OPTIMUM = "optimum/gptq/quantizer.py "
-_ADD = ": `import epmq_gptq` or its own models may add it"
+_ADD = ": `epmq_gptq.install()` or its own models may add it"
 _STORED = "the GPTQ format: qweight, qzeros, scales, g_idx"
 
 RULES = (

@@ -11,7 +11,9 @@ from epmq_gptq.checks.engines.table import ARCHITECTURES, MODEL_TYPES
 def test_gptqmodel_knows_what_the_list_says():
     from gptqmodel.models.auto import MODEL_MAP
 
-    import epmq_gptq  # noqa: F401  # adds its models
+    import epmq_gptq
+
+    epmq_gptq.install()  # adds its models
 
     missing = set(MODEL_MAP) - MODEL_TYPES["GPTQModel"]
     gone = MODEL_TYPES["GPTQModel"] - set(MODEL_MAP)
