@@ -1,9 +1,20 @@
-"""E-PMQ inside GPTQModel's layer loop: its processor and its per-layer task, with our statistics.
+"""E-PMQ inside GPTQModel's layer loop: its processor, with statistics and targets of our own.
 
-The host runs the layers, calls the hooks, rounds and packs. What changes: inputs are counted per
-expert and per shared input, beside those of the expert's own pass (``trajectories.py``), and
-between the forward passes of a subset and its rounding every layer gets W* as its weight and H_E as
-its Hessian (``solver.py``, ``task.py``).
+The host runs the layers, calls the hooks, rounds and packs. It calls us in this order, within a
+layer subset by subset (q/k/v, then o, then gate/up, then down):
+
+    preprocess                      a task for every linear layer of the decoder layer
+    begin_shared_input_capture      which layers share an input; the experts run theirs
+    pre_process_fwd_hook            the hook that counts, run for every calibration batch
+    end_shared_input_capture        main thread, all batches counted: fold, solve, aim every task
+    process                         a worker rounds one layer towards W* with curvature H_E
+    submodule_finalize              a worker packs it
+    offload                         a worker moves it to disk
+    continuation_state_dict         at the end of a layer, where the run can go on after a kill
+    leave                           at the end of the run, however it ended
+
+A run from recorded statistics (``recorded/processor.py``) has no batches: in place of the three
+lines on inputs it is called with ``solve_subset``.
 """
 
 from __future__ import annotations
@@ -37,7 +48,7 @@ from ..io.phases import Phases
 from ..method.deltas import WeightDelta
 from ..method.expert_error import LayerWatch, RowSample, sampled_rows
 from ..method.nonfinite import Origin, Peaks, first_bad
-from ..method.statistics import GroupStatistics, TargetForm
+from ..method.statistics import ExpertReader, GroupStatistics, TargetForm
 from ..method.weighting import Weighting
 from ..run_report import ModuleReport
 from .failures import disk_error, within
@@ -321,63 +332,21 @@ class EPMQProcessor(GPTQProcessor):
 
     def _statistics(self, group: SharedInput, device: torch.device) -> GroupStatistics:
         tasks = {self.tasks[name].full_name: self.tasks[name] for name in group.names}
-
-        def delta(member: str, expert: str) -> WeightDelta | None:
-            task = tasks[member]
-            difference = self.experts.delta(expert, member, task.merged_weight(device))
-            self.experts.release(expert)
-            # One reduction and one wait for two questions; who is to blame is asked only after.
-            size = difference.size()
-            if not math.isfinite(size):
-                self.experts.check(expert, member)
-                check_merged(task, task.merged_weight(device))
-            return difference if size else None
-
-        def bias(member: str, expert: str) -> torch.Tensor | None:
-            task = tasks[member]
-            if not task.refits_bias:
-                return None
-            b_m = task.module.bias.detach().to(device, torch.float32)
-            difference = self.experts.bias(expert, member).to(b_m) - b_m
-            return difference if bool(difference.any()) else None
-
-        columns = next(iter(tasks.values())).columns
         members = {name: task.rows for name, task in tasks.items()}
         sample = None
         if self.qcfg.regret_rows:
             sample = RowSample(members, eta=self.form.eta, rho=self.form.rho)
-        peaks = group.peaks
         return GroupStatistics(
-            columns,
+            next(iter(tasks.values())).columns,
             members,
-            delta,
+            _Reader(self, group.peaks, tasks, device),
             device,
             weight=None if self.recording else self.weighting.of,
             fold_once=self.weighting.needs_whole_gram and not self.recording,
             form=self.form._replace(biases=any(task.refits_bias for task in tasks.values())),
-            bias=bias,
             phases=self.phases,
             sample=sample,
-            origin=lambda expert: self._told(
-                expert, peaks.first_bad(expert) or peaks.largest(expert)
-            ),
-            own_origin=lambda expert: self._own_origin(expert, next(iter(tasks))),
         )
-
-    def _told(self, expert: str, origin: Origin | None) -> tuple[Origin, str] | None:
-        if origin is None:
-            return None
-        ids = self.plan.batches[origin.batch].get("input_ids")
-        return origin, origin.told(expert, self.plan.experts, ids)
-
-    def _own_origin(self, expert: str, member: str) -> tuple[Origin, str] | None:
-        """The first bad token of an expert's own pass, which is kept as long as this layer runs."""
-        for batch, owner in enumerate(self.plan.experts):
-            Z = self.trajectories.inputs(member, batch) if owner == expert else None
-            origin = None if Z is None else first_bad(batch, Z)
-            if origin is not None:
-                return self._told(expert, origin)
-        return None
 
     def _guarded(self, group: SharedInput, step: Callable[[], None]) -> None:
         """Run a step of the counting and keep its trouble for the main thread.
@@ -614,6 +583,57 @@ class EPMQProcessor(GPTQProcessor):
             self.recording.recorder.resume(json.loads(own["recorded"]))
         if self.trajectories is not None:
             self.trajectories.resume(own["trajectories"])
+
+
+class _Reader(ExpertReader):
+    """The experts of a run, for the layers of one input, on one device."""
+
+    def __init__(
+        self, processor: EPMQProcessor, peaks: Peaks, tasks: dict[str, EPMQ], device: torch.device
+    ):
+        self._experts, self._plan = processor.experts, processor.plan
+        self._trajectories = processor.trajectories
+        self._peaks, self._tasks, self._device = peaks, tasks, device
+
+    def delta(self, member: str, expert: str) -> WeightDelta | None:
+        task = self._tasks[member]
+        difference = self._experts.delta(expert, member, task.merged_weight(self._device))
+        self._experts.release(expert)
+        # One reduction and one wait for two questions; who is to blame is asked only after.
+        size = difference.size()
+        if not math.isfinite(size):
+            self._experts.check(expert, member)
+            check_merged(task, task.merged_weight(self._device))
+        return difference if size else None
+
+    def bias(self, member: str, expert: str) -> torch.Tensor | None:
+        task = self._tasks[member]
+        if not task.refits_bias:
+            return None
+        b_m = task.module.bias.detach().to(self._device, torch.float32)
+        difference = self._experts.bias(expert, member).to(b_m) - b_m
+        return difference if bool(difference.any()) else None
+
+    def blame(self, expert: str, *, own_pass: bool) -> tuple[Origin, str] | None:
+        if own_pass:
+            origin = self._in_own_pass(expert)
+        else:
+            origin = self._peaks.first_bad(expert) or self._peaks.largest(expert)
+        if origin is None:
+            return None
+        ids = self._plan.batches[origin.batch].get("input_ids")
+        return origin, origin.told(expert, self._plan.experts, ids)
+
+    def _in_own_pass(self, expert: str) -> Origin | None:
+        """The inputs of an expert's own pass are kept as long as this layer runs."""
+        for batch, owner in enumerate(self._plan.experts):
+            Z = None
+            if owner == expert:
+                Z = self._trajectories.inputs(next(iter(self._tasks)), batch)
+            origin = None if Z is None else first_bad(batch, Z)
+            if origin is not None:
+                return origin
+        return None
 
 
 def _rows(X: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

@@ -35,14 +35,28 @@ from .expert_error import RowSample
 from .nonfinite import Origin
 from .staging import Rows, Stage
 
-# (member, expert) -> W_expert − W_m of that member, or None where it is exactly zero.
-ReadDelta = Callable[[str, str], WeightDelta | None]
-# (member, expert) -> b_expert − b_m of that member, (out,) fp32, or None where it is zero.
-ReadBias = Callable[[str, str], torch.Tensor | None]
 # (expert, diag(H_i): (d,)) -> β_i. See `EPMQConfig.weighting`.
 Weight = Callable[[str, torch.Tensor], float]
-# Expert -> the first token of it that is not finite, or else the largest one; and it in words.
-FindOrigin = Callable[[str], tuple[Origin, str] | None]
+
+
+class ExpertReader:
+    """What is asked of the experts while rows are counted; here they differ in nothing."""
+
+    def delta(self, member: str, expert: str) -> WeightDelta | None:
+        """``W_i − W_m`` of one layer, or None where it is exactly zero."""
+        return None
+
+    def bias(self, member: str, expert: str) -> torch.Tensor | None:
+        """``b_i − b_m: (out,)`` fp32 of one layer, or None where it is zero."""
+        return None
+
+    def blame(self, expert: str, *, own_pass: bool) -> tuple[Origin, str] | None:
+        """The first token of an expert that is not finite, or else its largest, and that in words.
+
+        Args:
+            own_pass: look among the inputs of the expert's own pass.
+        """
+        return None
 
 
 class TargetForm(NamedTuple):
@@ -183,33 +197,27 @@ class GroupStatistics:
     Args:
         columns: d, the width of the shared input.
         members: full names of the linear layers, mapped to their number of outputs.
-        delta: reads ``W_i − W_m`` of one member for one expert.
+        experts: reads what the experts' weights differ by.
         device: where the sums live.
         weight: β_i, asked once per fold; None for 1 (raw sums, as in the paper).
         fold_once: β_i depends on the whole of ``H_i``, so a second fold of an expert is an error.
         form: which targets; the paper's by default.
-        bias: reads ``b_i − b_m``, where ``form.biases``.
         phases: where the time is counted.
         sample: keeps some rows, for figures per expert; None for none.
-        origin: finds the token to blame for a Gram that is not finite; None: nothing is known.
-        own_origin: the same in the expert's own pass.
     """
 
     def __init__(
         self,
         columns: int,
         members: Mapping[str, int],
-        delta: ReadDelta,
+        experts: ExpertReader,
         device: torch.device | str = "cpu",
         *,
         weight: Weight | None = None,
         fold_once: bool = False,
         form: TargetForm = PAPER,
-        bias: ReadBias | None = None,
         phases: Phases | None = None,
         sample: RowSample | None = None,
-        origin: FindOrigin | None = None,
-        own_origin: FindOrigin | None = None,
     ):
         self.columns = columns
         self.members = dict(members)
@@ -218,12 +226,10 @@ class GroupStatistics:
         self.sample = sample
         self.tokens: dict[str, int] = {}
         self.folds = 0
-        self._delta = delta
-        self._bias = bias
+        self._experts = experts
         self._weight = weight
         self._fold_once = fold_once
         self._phases = phases or Phases()
-        self._origin, self._own_origin = origin, own_origin
         self._folded: set[str] = set()
         self._expert: str | None = None
         self._stage: Stage | None = None  # rows of the current expert that are in no sum yet
@@ -433,14 +439,14 @@ class GroupStatistics:
 
     def _read(self, member: str, expert: str) -> WeightDelta | None:
         with self._phases.measure("expert_reading"):
-            delta = self._delta(member, expert)
+            delta = self._experts.delta(member, expert)
         if self.sample is not None:
             with self._phases.measure("deviation"):
                 self.sample.fold(member, expert, delta, self._bias_of(member, expert))
         return delta
 
     def _bias_of(self, member: str, expert: str) -> torch.Tensor | None:
-        return self._bias(member, expert) if self._bias and self.form.biases else None
+        return self._experts.bias(member, expert) if self.form.biases else None
 
     def _factor(self, expert: str, diagonal: torch.Tensor) -> float:
         return 1.0 if self._weight is None else self._weight(expert, diagonal)
@@ -450,16 +456,16 @@ class GroupStatistics:
     ) -> None:
         # Entry jj is a sum of squares: any non-finite activation of channel j shows there, and
         # d entries are read instead of d².
-        finite, find = torch.isfinite(diagonal), self._origin
+        finite, own_pass = torch.isfinite(diagonal), False
         where = "the activations at the input"
         if bool(finite.all()) and ahead is not None:
-            finite, find = torch.isfinite(ahead), self._own_origin
+            finite, own_pass = torch.isfinite(ahead), True
             where = "in that expert's own pass, the activations at the input"
         if bool(finite.all()):
             return
         channel = int((~finite).nonzero()[0])
         module = next(iter(self.members))
-        origin, place = (find and find(expert)) or (None, "")
+        origin, place = self._experts.blame(expert, own_pass=own_pass) or (None, "")
         what = f"{where} of `{module}` are not finite"
         since = f"; the first is {place}" if place else ""
         remedy = (

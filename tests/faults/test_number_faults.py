@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from judge import stored
+from readers import Reads
 from safetensors.torch import load_file
 from tiny import EMBEDDING, V_PROJ, poison
 
@@ -248,9 +249,7 @@ def test_inputs_that_are_all_zero(family):
 )
 def test_a_gram_that_overflows_only_as_a_sum():
     """Every square is finite, their sum is not."""
-    statistics = GroupStatistics(
-        4, {"m": 2}, lambda member, expert: None, origin=lambda expert: None
-    )
+    statistics = GroupStatistics(4, {"m": 2}, Reads())
     statistics.add("e", torch.full((4000, 4), 1.5e19))
     with pytest.raises(EPMQNumericalError, match="expert `e`"):
         statistics.fold()

@@ -9,6 +9,7 @@ from gptqmodel.quantization.config import GPTQConfig
 from judge import codes, dequantized, linear_inputs
 from own_judge import Pass, streams_of
 from own_runs import STREAMS, Case, llama
+from readers import Reads
 from runs import differing, run
 
 from epmq_gptq import EPMQConfig
@@ -120,9 +121,8 @@ def test_biases_moved_inputs_and_pieces_of_rows(eta):
         statistics = GroupStatistics(
             d,
             {"m": out},
-            delta,
+            Reads(delta, bias),
             form=form,
-            bias=bias,
             sample=RowSample({"m": out}, eta=eta, rho=0.5),
         )
         for name, (X, Z, gap) in rows.items():
@@ -173,7 +173,7 @@ def test_no_rows_no_figures(case, tmp_path):
 def _sampled(W_m, W_i, X):
     sample = RowSample({"m": len(W_m)}, outputs=30)  # every 4th of 100
     statistics = GroupStatistics(
-        X.shape[1], {"m": len(W_m)}, lambda m, e: WeightDelta(W_i - W_m, None), sample=sample
+        X.shape[1], {"m": len(W_m)}, Reads(lambda m, e: WeightDelta(W_i - W_m, None)), sample=sample
     )
     statistics.add("a", X, kept=torch.arange(len(X)))
     statistics.fold()

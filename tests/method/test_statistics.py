@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from readers import Reads
 
 from epmq_gptq.errors import EPMQNumericalError
 from epmq_gptq.kernels.gram import ROWS
@@ -26,7 +27,9 @@ def data(experts: int = 3, seed: int = 0):
 
 
 def statistics(merged, weights) -> GroupStatistics:
-    return GroupStatistics(WIDTH, OUT, lambda m, e: WeightDelta(weights[m, e] - merged[m], None))
+    return GroupStatistics(
+        WIDTH, OUT, Reads(lambda m, e: WeightDelta(weights[m, e] - merged[m], None))
+    )
 
 
 def exact(merged, weights, inputs):
@@ -89,7 +92,7 @@ def test_half_precision_rows_are_summed_in_fp32():
 
 def test_experts_equal_to_the_merge_leave_no_delta_at_all():
     merged, weights, inputs = data()
-    counted = GroupStatistics(WIDTH, OUT, lambda m, e: None)
+    counted = GroupStatistics(WIDTH, OUT, Reads())
     for expert, X in inputs.items():
         counted.add(expert, X)
     assert counted.take_delta("q") is None
@@ -140,7 +143,7 @@ def test_combining_parts_leaves_what_layers_of_one_input_share():
     parts = []
     for expert in inputs:
         delta = lambda m, e: WeightDelta(weights[m, e] - merged[m], None)  # noqa: E731
-        part = GroupStatistics(WIDTH, OUT, delta, form=form)
+        part = GroupStatistics(WIDTH, OUT, Reads(delta), form=form)
         part.add(expert, inputs[expert])
         H = part.gram()
         parts.append({m: part.take(m, H, merged[m]) for m in OUT})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from readers import Reads
 
 from epmq_gptq.errors import EPMQInputError
 from epmq_gptq.method.deltas import WeightDelta, data_free_gram
@@ -29,7 +30,7 @@ def gram(weighting: Weighting) -> torch.Tensor:
     statistics = GroupStatistics(
         6,
         {"m": 4},
-        lambda member, expert: None,
+        Reads(),
         weight=weighting.of,
         fold_once=weighting.needs_whole_gram,
     )
@@ -70,7 +71,7 @@ def test_the_deltas_are_weighted_as_the_gram_is():
     difference = {name: torch.randn(4, 6, generator=generator) for name in TOKENS}
     weighting = Weighting("token", TOKENS, {"long": 2.0})
     statistics = GroupStatistics(
-        6, {"m": 4}, lambda m, e: WeightDelta(difference[e], None), weight=weighting.of
+        6, {"m": 4}, Reads(lambda m, e: WeightDelta(difference[e], None)), weight=weighting.of
     )
     for name, X in inputs().items():
         statistics.add(name, X[: len(X) // 2])
@@ -85,10 +86,7 @@ def test_the_deltas_are_weighted_as_the_gram_is():
 
 def test_a_trace_in_parts_is_refused_not_guessed():
     weighting = Weighting("trace", TOKENS)
-    parts = [
-        GroupStatistics(6, {}, lambda m, e: None, weight=weighting.of, fold_once=True)
-        for _ in range(2)
-    ]
+    parts = [GroupStatistics(6, {}, Reads(), weight=weighting.of, fold_once=True) for _ in range(2)]
     for part in parts:
         part.add("long", inputs()["long"][:100])
         part.fold()

@@ -9,7 +9,7 @@ import torch
 
 from ...calibration.batches import CalibrationPlan
 from ...errors import EPMQNumericalError
-from ...method.statistics import GroupStatistics
+from ...method.statistics import ExpertReader, GroupStatistics
 from ..processor import EPMQProcessor
 from ..task import EPMQ
 from .bundle import PARTS, Bundle, RecordedGroup, RecordedLayer
@@ -79,7 +79,7 @@ class RecordedProcessor(EPMQProcessor):
         error = next((_missed(task, one) for task, one in about.items() if one.bad), None)
         if not fitted:
             members = {task.full_name: task.rows for task in tasks}
-            fitted = {"": GroupStatistics(group.columns, members, lambda m, e: None, device)}
+            fitted = {"": GroupStatistics(group.columns, members, ExpertReader(), device)}
         self._give_targets(
             tasks,
             fitted,
