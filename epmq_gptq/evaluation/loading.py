@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +44,25 @@ class Loaded:
     form: str
     quantization: dict[str, Any] | None
     dtype: str
-    _tokenizer: Any = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def tokenizer(self):
         """The tokenizer of its folder.
 
         Raises:
             EPMQInputError: the folder has none that can be read.
         """
-        if self._tokenizer is None:
-            try:
-                self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    self.path, local_files_only=True, trust_remote_code=False
-                )
-            except (OSError, ValueError, KeyError) as error:
-                raise EPMQInputError(
-                    f"{_WHAT}: `{self.name}` has no tokenizer that can be read.",
-                    code="EPMQ-F15",
-                    subject=_WHAT,
-                    remedy="Save the tokenizer of its base into the folder.",
-                ) from error
-        return self._tokenizer
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise EPMQInputError(
+                f"{_WHAT}: `{self.name}` has no tokenizer that can be read.",
+                code="EPMQ-F15",
+                subject=_WHAT,
+                remedy="Save the tokenizer of its base into the folder.",
+            ) from error
 
     def facts(self) -> dict[str, Any]:
         """Plain data about the model, for a file of results."""

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerFast
 
 from ...config import EPMQConfig
 from ...errors import EPMQError, EPMQInputError
@@ -78,9 +79,9 @@ class Demo:
         ):
             scratch = Path(temporary)
             models = self.models()
-            calibration = self.rows(models, "calibration", self.options.calibration_rows)
-            self.evaluation = self.rows(models, "evaluation", self.options.evaluation_rows)
-            self.pad_id = models.tokenizer().pad_token_id
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(models.base)
+            calibration = self.rows("calibration", self.options.calibration_rows)
+            self.evaluation = self.rows("evaluation", self.options.evaluation_rows)
             ids = {name: [list(row.ids) for row in rows] for name, rows in calibration.items()}
             merged = self.merge(models, ids, scratch / "merged")
             self.score_unquantized(models, merged)
@@ -116,10 +117,9 @@ class Demo:
         )
         return models
 
-    def rows(self, models: Models, split: str, count: int) -> dict[str, list[Row]]:
-        tokenizer = models.tokenizer()
+    def rows(self, split: str, count: int) -> dict[str, list[Row]]:
         options = {"count": count, "length": self.plan.row_length, "seed": self.options.seed}
-        return {name: domain_rows(tokenizer, name, split, **options) for name in DOMAINS}
+        return {name: domain_rows(self.tokenizer, name, split, **options) for name in DOMAINS}
 
     def merge(self, models: Models, ids: dict[str, list], out: Path) -> Path:
         method = self.options.merge_method
@@ -139,7 +139,8 @@ class Demo:
     ) -> dict[str, Score]:
         """A saved model on the rows of some domains; ``dtype`` holds it, float32 computes."""
         model = load_model(folder, device="cpu", dtype=dtype).module.float()
-        return {name: score(model, self.evaluation[name], self.pad_id) for name in domains}
+        pad = self.tokenizer.pad_token_id
+        return {name: score(model, self.evaluation[name], pad) for name in domains}
 
     def score_unquantized(self, models: Models, merged: Path) -> None:
         scores = self.result.scores

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -253,11 +253,11 @@ def train_all(plan: TrainingPlan, out: Path, progress: Progress) -> dict[str, An
 # ---- trained models on disk --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Models:
-    """Folders of the base and of one expert per domain, each with its tokenizer.
+class Models(NamedTuple):
+    """The base and one expert per domain.
 
     Attributes:
+        base, experts: folders, each with the tokenizer that all of them share.
         trained: False where they were there already.
         seconds: the training took, now or when they were made.
         parameters: of one model.
@@ -268,10 +268,6 @@ class Models:
     trained: bool
     seconds: float
     parameters: int
-
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that all of them share."""
-        return PreTrainedTokenizerFast.from_pretrained(self.base)
 
 
 def cache_folder() -> Path:

@@ -47,7 +47,7 @@ def test_models_are_trained_once(tmp_path):
     for folder in (again.base, *again.experts.values()):
         assert (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file()
     config = json.loads((again.base / "config.json").read_text())
-    assert len(again.tokenizer()) == config["vocab_size"]
+    assert config["vocab_size"] <= TINY.vocab_size
     assert again.parameters == first.parameters > 0
 
 
