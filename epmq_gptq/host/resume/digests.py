@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ...errors import EPMQError
 from ...io.checkpoints import Checkpoint, known_digests
+from ...io.output import write_whole
 
 NAME = "digests.json"
 
@@ -34,7 +36,5 @@ def remembered(folder: Path, models: Iterable[Checkpoint]) -> Iterator[None]:
         for (path, *state), digest in known_digests.items()
         if path in files
     ]
-    with contextlib.suppress(OSError, ValueError):
-        partial = folder / f".{NAME}"
-        partial.write_text(json.dumps(entries), encoding="utf-8")
-        partial.replace(folder / NAME)
+    with contextlib.suppress(EPMQError, ValueError):
+        write_whole(folder / NAME, json.dumps(entries))
