@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from ..errors import EPMQInputError
 from ..io.declared import Count, Declared, Whole, Word, bad_option, conflict, shown, validated
+from .rows import Where
 
 # In place of an expert's rows: it has none, and its Gram comes from its task vector.
 DATA_FREE = "data_free"
@@ -248,12 +249,9 @@ def _sources(value: Any, expert: str) -> list[RowSource]:
     what = f"`calibration.{expert}`"
     values = value if isinstance(value, list) else [value]
     if not values or any(map(is_data_free, values)):
-        raise EPMQInputError(
-            f"{what} is empty." if not values else f"{what} has `data_free` in a list.",
-            code="EPMQ-F22",
-            subject=f"expert `{expert}`",
-            remedy="Give rows of that expert's own task, or `data_free` in their place.",
-        )
+        cause = "it has `data_free` in a list" if values else "it is empty"
+        remedy = "Give rows of that expert's own task, or `data_free` in their place."
+        raise Where(what, f"expert `{expert}`").bad(cause, remedy, "EPMQ-F22")
     if len(values) == 1:
         return [RowSource.from_option(values[0], what)]
     return [
@@ -301,11 +299,10 @@ def _check_data_free(expert: str, given: bool, option: bool) -> None:
     if given != option:
         has = "is `data_free`" if given else "has rows"
         other = "does not name it" if given else "names it as well"
-        raise EPMQInputError(
-            f"`calibration` of expert `{expert}` {has}, and the option `data_free` {other}.",
-            code="EPMQ-O03",
-            subject=f"expert `{expert}`",
-            remedy="Say the same in both.",
+        raise Where("`calibration`", f"expert `{expert}`").bad(
+            f"expert `{expert}` {has}, and the option `data_free` {other}",
+            "Say the same in both.",
+            "EPMQ-O03",
         )
 
 
@@ -315,22 +312,18 @@ def given_sources(value: Any, expert: str) -> list[RowSource]:
     Raises:
         EPMQInputError: it is nothing of the kind.
     """
-    what = f"calibration of expert `{expert}`"
+    at = Where(f"calibration of expert `{expert}`", f"expert `{expert}`")
     if isinstance(value, Mapping):
-        _check_options(value, what, expert)
+        _check_options(value, at)
     if isinstance(value, (str, Path, Mapping, RowSource)):
-        return [_source(value, what)]
+        return [_source(value, at.place)]
     if isinstance(value, (list, tuple)) and value:
         if all(map(_is_source, value)):
-            return [_source(each, what) for each in value]
-        _check_no_names(value, what, expert)
+            return [_source(each, at.place) for each in value]
+        _check_no_names(value, at)
     if value is None:
-        raise EPMQInputError(
-            f"{what} should be rows, got None.",
-            code="EPMQ-F22",
-            subject=f"expert `{expert}`",
-            remedy="Give rows of that expert's own task.",
-        )
+        remedy = "Give rows of that expert's own task."
+        raise at.bad("should be rows, got None", remedy, "EPMQ-F22")
     return [RowSource(rows=value)]
 
 
@@ -345,29 +338,22 @@ def _is_source(value: Any) -> bool:
     return isinstance(value, (RowSource, Path))
 
 
-def _check_options(value: Mapping, what: str, expert: str) -> None:
+def _check_options(value: Mapping, at: Where) -> None:
     """A row, a tokenizer's batch and a dataset's splits are mappings too."""
     splits = any(hasattr(each, "column_names") for each in value.values())
     if "rows" not in value and (splits or set(ROW_KEYS) & set(value)):
         remedy = "Give one of its splits." if splits else "Put the rows, a mapping each, in a list."
-        raise EPMQInputError(
-            f"{what} is a mapping of {listed(map(str, value))}, where rows should be.",
-            code="EPMQ-F32",
-            subject=f"expert `{expert}`",
-            remedy=remedy,
-        )
+        raise at.bad(f"it is a mapping of {listed(map(str, value))}, where rows should be", remedy)
 
 
-def _check_no_names(rows: Sequence[Any], what: str, expert: str) -> None:
+def _check_no_names(rows: Sequence[Any], at: Where) -> None:
     """Names of files in a list would be read as texts, in a recipe they are files."""
     names = [row for row in rows if isinstance(row, str) and len(row.split()) == 1]
     files = [name for name in names if Path(name).suffix.lower() in (*JSON_LINES, *PARQUET, ".txt")]
     if len(files) == len(rows) or is_data_free(rows[0]):
-        raise EPMQInputError(
-            f"{what}: the rows should be texts, got `{Path(rows[0]).name[:80]}`.",
-            code="EPMQ-F32",
-            subject=f"expert `{expert}`",
-            remedy="In a list a file is a `Path`; `data_free` stands in place of the list.",
+        raise at.bad(
+            f"the rows should be texts, got `{Path(rows[0]).name[:80]}`",
+            "In a list a file is a `Path`; `data_free` stands in place of the list.",
         )
 
 

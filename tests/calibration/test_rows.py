@@ -384,7 +384,7 @@ def test_a_name_is_a_file_and_a_dataset_is_rows(tmp_path, datasets, monkeypatch)
         ([1, 2, 3], "EPMQ-F32", r"one list of token ids.* Write `\[\[1, 2, 3\]\]`"),
         (torch.arange(5), "EPMQ-F32", r"one list of token ids.* Write `\[\[0, 1, 2\]\]`"),
         ([], "EPMQ-F22", "expert `a`: it holds no rows"),
-        (None, "EPMQ-F22", "expert `a` should be rows, got None"),
+        (None, "EPMQ-F22", "expert `a`: should be rows, got None"),
         (7, "EPMQ-F32", "expert `a`: should be a list of rows, got int"),
         (b"text", "EPMQ-F32", "should be a list of rows, got bytes"),
         ("no-such.jsonl", "EPMQ-F22", "there is no file `no-such.jsonl`"),
