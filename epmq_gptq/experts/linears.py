@@ -66,6 +66,18 @@ class Linear:
         return (*(StoredWeight(name) for name in self.tensors), *self.joined)
 
 
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear layer: ``nn.Linear``, or transformers' ``Conv1D``."""
+    return isinstance(module, torch.nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: torch.nn.Module) -> bool:
+    """Whether a module keeps its weight as ``(in, out)``: transformers' ``Conv1D`` (GPT-2)."""
+    from transformers import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 def resolve(linear: Linear, store: Container[str]) -> StoredWeight | None:
     """The first place of ``linear.stored`` whose tensor ``store`` has, or None."""
     return next((place for place in linear.stored if place.tensor in store), None)

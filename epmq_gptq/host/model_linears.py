@@ -11,15 +11,13 @@ import re
 from collections.abc import Callable, Iterator
 
 import torch
-import transformers
 from gptqmodel.models.base import BaseQModel
 from gptqmodel.utils.model import get_layers_with_prefixes
 from gptqmodel.utils.structure import LazyTurtle
 
 from ..errors import EPMQInputError
-from ..experts.linears import ROUTED, Linear, StoredWeight
+from ..experts.linears import ROUTED, Linear, StoredWeight, is_linear, is_transposed
 
-LINEAR_TYPES = (torch.nn.Linear, transformers.Conv1D)
 # How many offending layers an error spells out.
 _LISTED = 5
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -38,7 +36,7 @@ def quantizable_linears(model: BaseQModel) -> Iterator[Linear]:
             tuple(module.weight.shape),
             tuple(tensor for tensor in names(f"{name}.weight") if tensor not in pieces),
             joined,
-            transposed=isinstance(module, transformers.Conv1D),
+            transposed=is_transposed(module),
         )
 
 
@@ -73,7 +71,7 @@ def check_architecture(model: BaseQModel) -> None:
     modules = dict(model.model.named_modules())
     others: dict[str, list[str]] = {}
     for name, module in _quantizable_modules(model, modules):
-        if not isinstance(module, LINEAR_TYPES):
+        if not is_linear(module):
             others.setdefault(type(module).__name__, []).append(name)
     if others:
         found = "; ".join(f"{len(n)} x {kind}, such as `{n[0]}`" for kind, n in others.items())

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from gptqmodel.looper.gptq_processor import GPTQProcessor, clone_gptq_config_for_module
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.models.base import BaseQModel
@@ -41,6 +40,7 @@ from ..calibration.batches import CalibrationPlan
 from ..config import EPMQConfig
 from ..errors import EPMQHostError, EPMQInputError, EPMQNumericalError
 from ..experts.experts import Experts
+from ..experts.linears import is_linear
 from ..experts.passes.residual import first_states
 from ..experts.passes.trajectories import ExpertTrajectories
 from ..io.output import ran_full
@@ -163,7 +163,7 @@ class EPMQProcessor(GPTQProcessor):
             return
         self.qcfg_dynamic = qcfg
         task = EPMQ(module=module, qcfg=qcfg, region_timer=kwargs.get("region_timer"))
-        if not isinstance(task.module, (torch.nn.Linear, transformers.Conv1D)):
+        if not is_linear(task.module):
             raise EPMQInputError(
                 f"`{module.full_name}` is a {type(task.module).__name__}; E-PMQ quantizes linear "
                 "layers only.",

@@ -9,7 +9,6 @@ import time
 import types
 
 import torch
-import transformers
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.quantization.config import FallbackStrategy
 from gptqmodel.quantization.gptq import GPTQ
@@ -17,6 +16,7 @@ from gptqmodel.quantization.quantizer import Quantizer
 
 from ..errors import EPMQNumericalError
 from ..experts.experts import check_finite
+from ..experts.linears import is_transposed
 from ..kernels.factor import inverse_factor
 from ..method.expert_error import Watch
 from ..method.solve import BiasAim, Guard, Solution
@@ -108,7 +108,7 @@ class EPMQ(GPTQ):
     def _matrix(self, Q: torch.Tensor) -> torch.Tensor:
         """A weight as the host returns it, as ``(out, d)`` fp32 where the sums of its inputs are;
         the host may have moved the layer to another device since."""
-        Q = Q.T if isinstance(self.module, transformers.Conv1D) else Q
+        Q = Q.T if is_transposed(self.module) else Q
         return Q.to(self._device, torch.float32)
 
     def _refit_bias(self, shift: torch.Tensor | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...errors import EPMQInputError
 from ...io.checkpoints import Checkpoint
 from ...io.families import family_of
+from ..linears import is_linear, is_transposed
 
 # What checkpoints put before the names of a model's parameters, or leave out, by its class.
 _PREFIXES = ("", "model.", "transformer.", "vision_model.")
@@ -53,19 +54,13 @@ class LayerStack:
     def linears(self, index: int) -> dict[str, nn.Module]:
         """Full name → linear layer, of one layer."""
         found = self.layers[index].named_modules(prefix=self.name(index))
-        return {name: module for name, module in found if isinstance(module, _linear_types())}
+        return {name: module for name, module in found if is_linear(module)}
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear layer as W: (out, in); transformers' Conv1D stores it transposed."""
     weight = module.weight.detach()
-    return weight if isinstance(module, nn.Linear) else weight.T
-
-
-def _linear_types() -> tuple[type, ...]:
-    from transformers import Conv1D
-
-    return nn.Linear, Conv1D
+    return weight.T if is_transposed(module) else weight
 
 
 class Skeleton:
@@ -268,7 +263,7 @@ def _unknown(checkpoint: Checkpoint, cause: str) -> EPMQInputError:
 def _stacks(model: nn.Module, checkpoint: Checkpoint) -> list[LayerStack]:
     lists = dict(_layer_lists(model))
     for path, layers in lists.items():
-        if not any(isinstance(m, _linear_types()) for layer in layers for m in layer.modules()):
+        if not any(is_linear(module) for layer in layers for module in layer.modules()):
             raise _unknown(checkpoint, f"`{path}` of {type(model).__name__} has no linear layers")
     family = family_of(model.config.model_type)
     if family is not None and family.towers:

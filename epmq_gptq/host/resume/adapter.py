@@ -15,7 +15,7 @@ from gptqmodel.looper.gptq_checkpoint import QuantizationCheckpointAdapter
 
 from ...calibration.batches import split_rows
 from ...errors import EPMQHostError
-from ...experts.linears import name_in_layer
+from ...experts.linears import is_transposed, name_in_layer
 from ...experts.passes.layer_walk import split_state
 from .identity import BATCH_SIZES
 
@@ -166,7 +166,7 @@ def _apart(artifacts: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, Pa
 
 def _name_sizes(module: torch.nn.Module) -> None:
     """The host compares sizes by the names that a linear layer has; GPT-2's have others."""
-    if isinstance(module, transformers.Conv1D):
+    if is_transposed(module):
         module.in_features, module.out_features = module.weight.shape
 
 
