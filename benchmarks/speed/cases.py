@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "models"))
 
 ALPHA = 0.05  # also GPTQ's damping, so that all solve equally conditioned systems
 
