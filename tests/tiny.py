@@ -62,6 +62,9 @@ def load(merged: Path, config):
     """A model to be quantized, computing in float32."""
     from gptqmodel import GPTQModel
 
+    from epmq_gptq import install
+
+    install()
     return GPTQModel.load(str(merged), config, dtype=torch.float32, device=DEVICE)
 
 
@@ -69,6 +72,9 @@ def reload(folder: Path):
     """A quantized checkpoint under the host's torch kernel, which knows half precision only."""
     from gptqmodel import GPTQModel
 
+    from epmq_gptq import install
+
+    install()
     return GPTQModel.load(str(folder), device="cpu", dtype=torch.float16, backend="gptq_torch")
 
 
