@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gptqmodel.looper.module_looper import ModuleLooper
 from gptqmodel.models.base import BaseQModel
 from gptqmodel.quantization import gptq_cuda
 
+from ..calibration.batches import CalibrationPlan
 from ..checks import Preflight
 from ..checks.check import run_preflight
 from ..checks.estimates import committed
@@ -99,80 +101,117 @@ def quantize_with_experts(
         _check_host_options({"checkpoint": checkpoint})
         return _quantize_recorded(model, calibration, backend, start)
     with contextlib.ExitStack() as stack:
-        # Opened now, though only its digest is wanted at the end: what cannot be described is
-        # refused before the work, not after it.
-        merged = Checkpoint(str(model.model_local_path), what="the merged model")
-        experts = Experts(config.experts, base=config.base, require_pinned=config.require_pinned)
-        stack.callback(experts.close)
-        model.epmq_sources = {"merged model": merged.path} | experts.folders
-        device = getattr(config.device, "value", None) or str(config.device or "cpu")
-        phases = Phases(device)
-        extension = None
-        if checkpoint is not None:
-            extension = stack.enter_context(_resumable(model, checkpoint, phases))
-        linears = list(quantizable_linears(model))
-        settle_alpha(config, merged)
-        first_size, batch_size = (
-            extension.batch_sizes(batch_size) if extension else (batch_size, batch_size)
+        run = _open(model, checkpoint, start, stack)
+        plan, checked, batch_size = _plan(
+            run, calibration, batch_size, calibration_sort, calibration_concat_size
         )
-        plan = planned(
-            model, experts, calibration, calibration_sort, first_size, calibration_concat_size
-        )
-        dtype = next(model.model.parameters()).dtype
-        checked = run_preflight(
-            config,
-            merged,
-            experts,
-            linears,
-            plan.tokens,
-            device=device,
-            dtype_bytes=dtype.itemsize,
-        )
-        if extension is not None:
-            _check_room(extension, checked, config)
-            with remembered(extension.store.root, [merged, *experts.checkpoints]):
-                identity = run_identity(config, merged, experts, plan, dtype, device)
-            extension.check(identity)
-            extension.adapter = EPMQCheckpointAdapter(
-                identity, (first_size, batch_size), lambda: _spent(model, phases, start)
-            )
-            plan = plan.split(batch_size)
-        trajectories = trajectories_of(model, merged, experts, plan, linears, phases)
-        if trajectories is not None:
-            stack.callback(trajectories.close)
-        weighting = Weighting(
-            config.weighting, plan.tokens, config.expert_weights, config.data_free
-        )
-        recording = recording_of(config, experts, weighting, linears, trajectories is not None)
-        processor = EPMQProcessor(
-            plan=plan,
-            experts=experts,
-            trajectories=trajectories,
-            recording=recording,
-            weighting=weighting,
-            is_routed=model.is_moe_module,
-            phases=phases,
-            tokenizer=model.tokenizer,
-            qcfg=config,
-            batch_size=batch_size,
-        )
-        phases.add("prepare", time.perf_counter() - start)
+        processor = _processor(run, plan, batch_size, stack)
+        recording = processor.recording
+        run.phases.add("prepare", time.perf_counter() - start)
         try:
-            with hashing_meanwhile([merged, *experts.checkpoints]):
-                log = _loop(model, processor, backend, device, extension)
+            with hashing_meanwhile([run.merged, *run.experts.checkpoints]):
+                log = _loop(model, processor, backend, run.device, run.extension)
         except BaseException:
             if recording is not None:
                 recording.recorder.close()
             raise
-        report = _report(processor, linears, checked)
-        _finish(model, report, phases, start, device, extension)
-        report.provenance = provenance(merged, config, experts, report)
+        report = _report(processor, run.linears, checked)
+        _finish(model, report, run.phases, start, run.device, run.extension)
+        report.provenance = provenance(run.merged, config, run.experts, report)
     config.meta["epmq"] = report.provenance
     model.epmq_report = report
     if recording is not None:
-        recording.recorder.finish(about_run(report, config.settled_options(), dtype))
+        recording.recorder.finish(about_run(report, config.settled_options(), run.dtype))
         model.epmq_statistics = recording.recorder
     return {**log, "epmq": report}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is open for as long as a run lasts; ``start`` is when it was called."""
+
+    model: BaseQModel
+    config: EPMQConfig
+    merged: Checkpoint
+    experts: Experts
+    linears: list[Linear]
+    device: str
+    dtype: torch.dtype
+    phases: Phases
+    start: float
+    extension: Resumable | None
+
+
+def _open(model: BaseQModel, checkpoint: Any, start: float, stack: contextlib.ExitStack) -> _Run:
+    config: EPMQConfig = model.quantize_config
+    # Opened now, though only its digest is wanted at the end: what cannot be described is
+    # refused before the work, not after it.
+    merged = Checkpoint(str(model.model_local_path), what="the merged model")
+    experts = Experts(config.experts, base=config.base, require_pinned=config.require_pinned)
+    stack.callback(experts.close)
+    model.epmq_sources = {"merged model": merged.path} | experts.folders
+    device = getattr(config.device, "value", None) or str(config.device or "cpu")
+    phases, extension = Phases(device), None
+    if checkpoint is not None:
+        extension = stack.enter_context(_resumable(model, checkpoint, phases))
+    linears = list(quantizable_linears(model))
+    settle_alpha(config, merged)
+    dtype = next(model.model.parameters()).dtype
+    return _Run(model, config, merged, experts, linears, device, dtype, phases, start, extension)
+
+
+def _plan(
+    run: _Run, calibration: Any, batch_size: int, sort: str | None, concat_size: int | None
+) -> tuple[CalibrationPlan, Preflight, int]:
+    """The batches, what the preflight says of them, and the size of a batch."""
+    extension, first_size = run.extension, batch_size
+    if extension is not None:
+        first_size, batch_size = extension.batch_sizes(batch_size)
+    plan = planned(run.model, run.experts, calibration, sort, first_size, concat_size)
+    checked = run_preflight(
+        run.config,
+        run.merged,
+        run.experts,
+        run.linears,
+        plan.tokens,
+        device=run.device,
+        dtype_bytes=run.dtype.itemsize,
+    )
+    if extension is None:
+        return plan, checked, batch_size
+    _check_room(extension, checked, run.config)
+    with remembered(extension.store.root, [run.merged, *run.experts.checkpoints]):
+        identity = run_identity(run.config, run.merged, run.experts, plan, run.dtype, run.device)
+    extension.check(identity)
+    extension.adapter = EPMQCheckpointAdapter(
+        identity, (first_size, batch_size), lambda: _spent(run.model, run.phases, run.start)
+    )
+    return plan.split(batch_size), checked, batch_size
+
+
+def _processor(
+    run: _Run, plan: CalibrationPlan, batch_size: int, stack: contextlib.ExitStack
+) -> EPMQProcessor:
+    config = run.config
+    trajectories = trajectories_of(
+        run.model, run.merged, run.experts, plan, run.linears, run.phases
+    )
+    if trajectories is not None:
+        stack.callback(trajectories.close)
+    weighting = Weighting(config.weighting, plan.tokens, config.expert_weights, config.data_free)
+    own = trajectories is not None
+    return EPMQProcessor(
+        plan=plan,
+        experts=run.experts,
+        trajectories=trajectories,
+        recording=recording_of(config, run.experts, weighting, run.linears, own),
+        weighting=weighting,
+        is_routed=run.model.is_moe_module,
+        phases=run.phases,
+        tokenizer=run.model.tokenizer,
+        qcfg=config,
+        batch_size=batch_size,
+    )
 
 
 def _resumable(
