@@ -7,9 +7,9 @@ READY := $(VENV)/.ready
 # Two OpenMP threads make GPTQ's column loop up to 10x slower on a busy machine.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-# A process per core, four at most: each holds torch and a model. A file stays in one process, for the
-# models that its tests share; faults share none.
-PARALLEL := -n auto --maxprocesses 4
+# A process per core, four at most: each holds torch and a model. Tests that follow one another stay
+# in one process, for the models that they share; who is done first takes over from the others.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help venv demo test lint format docs test-serving test-browser test-faults test-gpu fuzz bench-speed bench-quality bench-ablation clean
 
@@ -39,7 +39,7 @@ demo: venv
 	$(BIN)/epmq-gptq demo --out out/demo-4bit --overwrite $(ARGS)
 
 test: venv
-	$(TEST_ENV) $(BIN)/python -m pytest -q $(PARALLEL) --dist loadfile $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -60,7 +60,7 @@ test-serving: venv
 	$(TEST_ENV) EPMQ_SERVING=1 $(BIN)/python -m pytest -q tests/serving $(ARGS)
 
 test-faults: venv
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests/faults $(PARALLEL) --dist worksteal $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/faults $(PARALLEL) $(ARGS)
 
 # Kernels, resuming and lack of memory on a GPU; alone there, for some fill its memory.
 test-gpu: venv

@@ -61,3 +61,13 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(api, "endpoint", double.url)
         yield double
+
+
+@pytest.fixture(scope="session")
+def reader():
+    """A process without this package that loads checkpoints."""
+    from fresh import Reader
+
+    process = Reader()
+    yield process
+    process.close()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import t5_models
@@ -160,32 +158,30 @@ def test_rows_of_text_alone_are_refused(loaded):
 # ---- transformers ------------------------------------------------------------------------------
 
 _READER = """
-import json, sys, torch
+import json, torch
+from unittest import mock
 from transformers import AutoModelForSeq2SeqLM
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
-T5PreTrainedModel._init_weights = lambda self, module: None
-model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], dtype=torch.float16)
-assert not any(name.split(".")[0] == "epmq_gptq" for name in sys.modules)
+with mock.patch.object(T5PreTrainedModel, "_init_weights", lambda self, module: None):
+    model = AutoModelForSeq2SeqLM.from_pretrained(".", dtype=torch.float16)
 with torch.no_grad():
-    ids = {name: torch.tensor(ids) for name, ids in json.loads(sys.argv[2]).items()}
+    ids = {{name: torch.tensor(ids) for name, ids in {ids}.items()}}
     print("logits", json.dumps(model(**ids).logits[0].tolist()))
 """
 
 
-def read_by_transformers(folder, row):
+def read_by_transformers(reader, folder, row):
     ids = {name: tensor.tolist() for name, tensor in t5_models.arguments(row).items()}
-    command = [sys.executable, "-c", _READER, str(folder), json.dumps(ids)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    found = [line for line in done.stdout.splitlines() if line.startswith("logits ")]
-    assert found, done.stderr[-2000:]
+    printed = reader.run(_READER.format(ids=ids), folder)
+    found = [line for line in printed.splitlines() if line.startswith("logits ")]
     return torch.tensor(json.loads(found[0][7:]))[None]
 
 
-def test_transformers_and_optimum_read_it_once_t5_stops_initialising(flan, tmp_path):
+def test_transformers_and_optimum_read_it_once_t5_stops_initialising(flan, tmp_path, reader):
     merged, experts = flan
     config = EPMQConfig(profile="paper", **GRID, experts=experts, alpha=0.1)
     run(merged, config, dict.fromkeys(experts, ROWS), tmp_path / "out")
-    read = read_by_transformers(tmp_path / "out", ROWS[0])
+    read = read_by_transformers(reader, tmp_path / "out", ROWS[0])
     host = tiny.reload(tmp_path / "out")
     assert host.model.lm_head.weight is not host.model.shared.weight
     assert torch.equal(read, logits(host.model))
