@@ -45,9 +45,9 @@ from .preparing import planned, recording_of, settle_alpha, trajectories_of
 from .processor import EPMQProcessor
 from .provenance import provenance, requantized
 from .recorded.bundle import Bundle
-from .recorded.processor import RecordedProcessor
 from .recorded.recording import about_run
 from .recorded.requantize import check_linears
+from .recorded.source import RecordedSource
 from .resume.adapter import EPMQCheckpointAdapter, total_spent
 from .resume.digests import remembered
 from .resume.identity import run_identity
@@ -259,11 +259,12 @@ def _quantize_recorded(model: BaseQModel, bundle: Bundle, backend, start: float)
     tokens = {name: bundle.tokens[name] for name in names}
     device = getattr(config.device, "value", None) or str(config.device or "cpu")
     phases = Phases(device)
-    processor = RecordedProcessor(
-        bundle=bundle,
-        names=names,
+    weighting = Weighting(config.weighting, tokens, config.expert_weights)
+    processor = EPMQProcessor(
+        plan=CalibrationPlan(),
         experts=None,
-        weighting=Weighting(config.weighting, tokens, config.expert_weights),
+        source=RecordedSource(bundle, names, weighting, watches=bool(config.regret_rows)),
+        weighting=weighting,
         is_routed=model.is_moe_module,
         phases=phases,
         tokenizer=model.tokenizer,

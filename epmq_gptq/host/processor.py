@@ -13,8 +13,8 @@ layer subset by subset (q/k/v, then o, then gate/up, then down):
     continuation_state_dict         at the end of a layer, where the run can go on after a kill
     leave                           at the end of the run, however it ended
 
-A run from recorded statistics (``recorded/processor.py``) has no batches: in place of the three
-lines on inputs it is called with ``solve_subset``.
+A run from recorded sums (``source``) has no batches: in place of the three lines on inputs it is
+called with ``solve_subset``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ from ..method.weighting import Weighting
 from ..run_report import ModuleReport
 from .failures import disk_error, within
 from .recorded.recording import Recording, Watched
-from .solver import TargetSolver, WatchOf, check_merged
+from .recorded.source import RecordedSource
+from .solver import InputSums, TargetSolver, check_merged
 from .task import EPMQ
 
 # Parts of the host's state that are numbers and words only.
@@ -93,6 +94,7 @@ class EPMQProcessor(GPTQProcessor):
         is_routed: whether a module's full name is that of a routed (mixture-of-experts) module.
         trajectories: the experts' own passes; None where no target needs them.
         recording: keeps the sums of every expert; None where they are not kept.
+        source: sums that an earlier run kept; then nothing is run, only solved and rounded.
         phases: where the time is counted.
         host_arguments: what ``GPTQProcessor`` takes besides the calibration data.
     """
@@ -106,6 +108,7 @@ class EPMQProcessor(GPTQProcessor):
         is_routed: Callable[[str], bool],
         trajectories: ExpertTrajectories | None = None,
         recording: Recording | None = None,
+        source: RecordedSource | None = None,
         phases: Phases | None = None,
         **host_arguments,
     ):
@@ -123,6 +126,12 @@ class EPMQProcessor(GPTQProcessor):
         self.is_routed = is_routed
         self.trajectories = trajectories
         self.recording = recording
+        self.source = source
+        if source is not None:
+            self.execution_config = replace(
+                self.execution_config, require_fwd=False, fwd_replay_after_process=False
+            )
+            self.total_calibration_tokens = source.total_tokens
         self.phases = phases or Phases()
         config: EPMQConfig = self.qcfg
         own = trajectories is not None
@@ -403,31 +412,45 @@ class EPMQProcessor(GPTQProcessor):
         ]
         if self.recording is not None:
             fitted, held_out = self._recorded(group, tasks, fitted, held_out)
-        self._give_targets(
-            tasks,
-            fitted,
-            held_out,
-            group.error,
-            lambda task, W_m: LayerWatch(samples, task.full_name, W_m) if samples else None,
-        )
-        for task in tasks:
-            task.report.eta, task.report.rho = self._shares(group, task)
+        shares = {task: self._shares(group, task) for task in tasks}
 
-    def _give_targets(
-        self,
-        tasks: list[EPMQ],
-        fitted: dict,
-        held_out: dict,
-        error: Exception | None,
-        watch: WatchOf,
-    ) -> None:
+        def watch(task: EPMQ, W_m: torch.Tensor) -> LayerWatch | None:
+            return LayerWatch(samples, task.full_name, W_m) if samples else None
+
+        self._give_targets(InputSums(fitted, held_out, shares, watch, group.error))
+
+    def _give_targets(self, sums: InputSums) -> None:
         """:meth:`TargetSolver.solve`, with the layer's name in what goes wrong."""
         try:
-            generation = self._shared_input_capture_generation
-            self._solver.solve(tasks, fitted, held_out, error, generation, watch)
+            self._solver.solve(sums, self._shared_input_capture_generation)
         except Exception as met:
-            told = within(met, tasks[0], "its target")
+            told = within(met, next(iter(sums.shares)), "its target")
             raise told from told.__cause__
+        for task, (eta, rho) in sums.shares.items():
+            task.report.eta, task.report.rho = eta, rho
+
+    def solve_subset(self, names: Sequence[str]) -> None:
+        """Give the layers of one subset their targets from recorded sums, before they are rounded.
+
+        Args:
+            names: as the host names them within their layer.
+
+        Raises:
+            EPMQNumericalError: numbers cannot be trusted, now or on a worker before.
+        """
+        if self.failure is not None:
+            raise self.failure
+        self._shared_input_capture_generation += 1
+        tasks = [self.tasks[name] for name in names if name in self.tasks]
+        for sums in self.source.inputs(tasks, self.phases):
+            with self.phases.measure("solve"):
+                self._give_targets(sums)
+            self.shared_groups += len(sums.shares) > 1
+            self.shared_layers += len(sums.shares) - 1
+
+    def verify_calibration_dataset(self, processor_index: int) -> bool:
+        """With recorded sums there is none, so the host captures no inputs."""
+        return self.source is None and super().verify_calibration_dataset(processor_index)
 
     def _shares(self, group: SharedInput, task: EPMQ) -> tuple[float, float]:
         """η and ρ in the target of one layer."""

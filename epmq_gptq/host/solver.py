@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from gptqmodel.quantization.gptq import SharedHessianFactorCache
@@ -25,6 +26,25 @@ from .task import EPMQ
 
 Statistics = GroupStatistics | RecordedStatistics
 WatchOf = Callable[[EPMQ, torch.Tensor], Watch | None]
+
+
+class InputSums(NamedTuple):
+    """The sums over one input, just counted or recorded by an earlier run.
+
+    Attributes:
+        fitted: expert → the sums that targets are solved from; of all experts together under one
+            name, unless they are kept apart.
+        held_out: the same of the rows that choose α; may be empty.
+        shares: layer of this input → η and ρ in its target.
+        watch: (layer, W_m) → what tells how far it lies from every expert, or None.
+        error: the first trouble met while counting.
+    """
+
+    fitted: Mapping[str, Statistics]
+    held_out: Mapping[str, Statistics]
+    shares: Mapping[EPMQ, tuple[float, float]]
+    watch: WatchOf
+    error: Exception | None = None
 
 
 class TargetSolver:
@@ -58,26 +78,14 @@ class TargetSolver:
         self._all_tokens = all_tokens
         self._phases = phases
 
-    def solve(
-        self,
-        tasks: list[EPMQ],
-        fitted: Mapping[str, Statistics],
-        held_out: Mapping[str, Statistics],
-        error: Exception | None,
-        generation: int,
-        watch: WatchOf = lambda task, W_m: None,
-    ) -> None:
-        """Aim every task.
+    def solve(self, sums: InputSums, generation: int) -> None:
+        """Aim every task of one input.
 
         Args:
-            tasks: the layers of one input.
-            fitted: expert → the sums that targets are solved from; of all experts together under
-                one name, unless they are kept apart.
-            held_out: the same of the rows that choose α; may be empty.
-            error: the first trouble met while counting.
+            sums: over it.
             generation: of the host's cache of factors.
-            watch: (layer, W_m) → what tells how far it lies from every expert, or None.
         """
+        tasks, (fitted, held_out, _, watch, error) = list(sums.shares), sums
         counted = _added(one.tokens for part in (fitted, held_out) for one in part.values())
         device = next(iter(fitted.values())).device
         merged = [task.merged_weight(device) for task in tasks]
@@ -103,9 +111,9 @@ class TargetSolver:
                 task.aim(replace(only_anchor, W=W_m, alpha=task.report.alpha), tokens=1)
             return
         layers = [self._options(task, W_m, tokens) for task, W_m in zip(tasks, merged, strict=True)]
-        sums = Sums(_moments(fitted, tasks, merged), _moments(held_out, tasks, merged))
+        moments = Sums(_moments(fitted, tasks, merged), _moments(held_out, tasks, merged))
         options = SolveOptions(layers, self._anchor, self._weighting.keeps_apart, self._phases)
-        solutions = solve(sums, merged, options)
+        solutions = solve(moments, merged, options)
         for task, W_m, solution in zip(tasks, merged, solutions, strict=True):
             self._aim(task, W_m, solution, tokens, watch)
         self._share_factors(tasks, solutions, generation)
