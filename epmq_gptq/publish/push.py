@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import EPMQError, EPMQInputError, EPMQWarning
 from ..io.console import Reporter, StepProgress
@@ -128,11 +128,14 @@ def push(
     )
     if dry_run:
         return pushed
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelCard
 
     token = token or _token()
     api = HfApi(token=token, library_name="epmq_gptq")
     with _explained(pushed, token):
+        if CARD_NAME in pushed.files:
+            # By the hub's own rules, before anything is made or sent.
+            ModelCard.load(plan.folder / CARD_NAME).validate()
         head, names = _prepare(api, pushed, private, create_pr)
         operations = _upload(api, pushed, plan, create_pr, reporter)
         _commit(api, pushed, operations, names, head, create_pr, commit_message)
@@ -156,12 +159,12 @@ def _token() -> str:
 
     token = get_token()
     if not token:
-        raise EPMQInputError(
-            "there is no access token for the hub on this machine.",
-            code="EPMQ-P02",
-            subject="the hub's token",
-            remedy="Make one with the right to write on the hub's page Settings, Access Tokens; "
+        raise _refused(
+            "there is no access token for the hub on this machine",
+            "Make one with the right to write on the hub's page Settings, Access Tokens; "
             "then `hf auth login`, or set `HF_TOKEN`.",
+            "EPMQ-P02",
+            "the hub's token",
         )
     return token
 
@@ -169,8 +172,10 @@ def _token() -> str:
 # ---- repository --------------------------------------------------------------------------------
 
 
-def _refused(cause: str, remedy: str, code: str = "EPMQ-P03", subject: str = "") -> EPMQInputError:
-    return EPMQInputError(f"{cause}.", code=code, subject=subject or "`repo_id`", remedy=remedy)
+def _refused(
+    cause: str, remedy: str, code: str = "EPMQ-P03", subject: str = "`repo_id`"
+) -> EPMQInputError:
+    return EPMQInputError(f"{cause}.", code=code, subject=subject, remedy=remedy)
 
 
 def _prepare(
@@ -244,11 +249,8 @@ def _upload(
     api: HfApi, pushed: Pushed, plan: UploadPlan, create_pr: bool, reporter: Reporter | None
 ) -> list[CommitOperationAdd]:
     """Upload what is large, without showing it; what is small travels with the commit."""
-    from huggingface_hub import CommitOperationAdd, ModelCard
+    from huggingface_hub import CommitOperationAdd
 
-    card = next((file for file in plan.files if file.name == CARD_NAME), None)
-    if card is not None:
-        ModelCard.load(card.path).validate()  # by the hub's own rules, before any weight travels
     adds = {file: CommitOperationAdd(file.name, str(file.path)) for file in plan.files}
     shards = [file for file in plan.files if file.name.endswith(".safetensors")]
     small = [file for file in plan.files if file not in shards]
@@ -338,49 +340,65 @@ def _explained(pushed: Pushed, token: str) -> Iterator[None]:
         raise _explanation(cause, pushed, token) from None
 
 
+class _Answer(NamedTuple):
+    """What an answer of the hub means to whoever pushes; ``{name}`` is the repository."""
+
+    cause: str
+    remedy: str
+    code: str = "EPMQ-P03"
+    subject: str = "`repo_id`"
+
+
+_AGAIN = "and push again; what was uploaded is not sent twice."
+_CHANGED = _Answer(
+    "{name} was changed by somebody else meanwhile", f"Look at what they did, {_AGAIN}"
+)
+# Status → what it means; all others mean that the connection broke.
+_ANSWERS = {
+    400: _Answer(
+        "the hub refuses the files for {name}",
+        f"Correct what it names {_AGAIN}",
+        "EPMQ-P01",
+        "the checkpoint",
+    ),
+    401: _Answer(
+        "the hub does not accept the access token for {name}",
+        "Make a new one with the right to write; then `hf auth login`, or set `HF_TOKEN`.",
+        "EPMQ-P02",
+        "the hub's token",
+    ),
+    403: _Answer(
+        "the access token may not write to {name}",
+        "Take a token with the right to write there, a repository of your own, or "
+        "`create_pr`, which takes no such right.",
+        "EPMQ-P02",
+        "the hub's token",
+    ),
+    404: _Answer(
+        "{name} or its revision `{revision}` is not there",
+        "Correct the name; a pull request (`refs/pr/N`) must be open.",
+    ),
+    409: _CHANGED,
+    412: _CHANGED,
+}
+
+
 def _explanation(error: Exception, pushed: Pushed, token: str) -> EPMQError:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = _said(error, token)
-    name = f"`{pushed.repo_id}`"
-    if status == 401:
-        return _refused(
-            f"the hub does not accept the access token for {name}: {said}",
-            "Make a new one with the right to write; then `hf auth login`, or set `HF_TOKEN`.",
-            "EPMQ-P02",
-            "the hub's token",
+    if status is None and isinstance(error, ValueError):
+        status = 400  # the library's own checks
+    name, said = f"`{pushed.repo_id}`", _said(error, token)
+    answer = _ANSWERS.get(status)
+    if answer is None:
+        return EPMQError(
+            f"the upload to {name} did not come to its end: {said}.",
+            code="EPMQ-P04",
+            subject=name,
+            remedy="Nothing of it shows in the repository. Push again: what was uploaded is not "
+            "sent twice.",
         )
-    if status == 403:
-        return _refused(
-            f"the access token may not write to {name}: {said}",
-            "Take a token with the right to write there, a repository of your own, or "
-            "`create_pr`, which takes no such right.",
-            "EPMQ-P02",
-            "the hub's token",
-        )
-    if status == 404:
-        return _refused(
-            f"{name} or its revision `{pushed.revision}` is not there: {said}",
-            "Correct the name; a pull request (`refs/pr/N`) must be open.",
-        )
-    if status in (409, 412):
-        return _refused(
-            f"{name} was changed by somebody else meanwhile: {said}",
-            "Look at what they did, and push again; what was uploaded is not sent twice.",
-        )
-    if status == 400 or (status is None and isinstance(error, ValueError)):
-        return _refused(
-            f"the hub refuses the files for {name}: {said}",
-            "Correct what it names and push again; what was uploaded is not sent twice.",
-            "EPMQ-P01",
-            "the checkpoint",
-        )
-    return EPMQError(
-        f"the upload to {name} did not come to its end: {said}.",
-        code="EPMQ-P04",
-        subject=name,
-        remedy="Nothing of it shows in the repository. Push again: what was uploaded is not sent "
-        "twice.",
-    )
+    cause = answer.cause.format(name=name, revision=pushed.revision)
+    return _refused(f"{cause}: {said}", answer.remedy, answer.code, answer.subject)
 
 
 def _said(error: Exception, token: str) -> str:

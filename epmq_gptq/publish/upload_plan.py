@@ -19,7 +19,6 @@ from ..checks.validate import validate
 from ..errors import EPMQInputError
 from ..io.checkpoints import Checkpoint
 from ..io.folders import CARD_NAME, INDEX_NAME, check_file, list_folder, read_json, reason_of
-from ..io.hub import parse_hub_id
 from ..run_report import PAGE_NAME, REPORT_NAME
 from .card_facts import WHAT
 from .page.retention import FILE_NAME as EVALUATION
@@ -124,8 +123,7 @@ def plan_upload(
         check_private(folder, name)
     plan = UploadPlan(folder)
     if CARD_NAME in wanted:
-        license = check_card(folder).get("license")
-        if license == "other" and not any(_LEGAL.fullmatch(name) for name in wanted):
+        if _license(folder) == "other" and not any(map(_LEGAL.fullmatch, wanted)):
             plan.notes.append(
                 "the licence is `other`, for which the hub asks for its text: put a `LICENSE` into "
                 f"`{folder.name}`."
@@ -134,15 +132,11 @@ def plan_upload(
         plan.notes.append(
             f"there is no `{CARD_NAME}`: `epmq-gptq card {folder.name}` writes a model card."
         )
-    plan.files = [_file(folder, name) for name in (*wanted, *shards)]
+    for name in (*wanted, *shards):
+        plan.files.append(UploadFile(name, folder / name, (folder / name).stat().st_size))
     sent = {file.name for file in plan.files}
     plan.left = sorted(name for name in names if name not in sent and name != _TEMPLATES)
     return plan
-
-
-def _file(folder: Path, name: str) -> UploadFile:
-    path = folder / name
-    return UploadFile(name, path, path.stat().st_size)
 
 
 def _is_beside(name: str) -> bool:
@@ -269,43 +263,13 @@ def _strings(value: Any) -> Iterator[str]:
 # ---- the card ----------------------------------------------------------------------------------
 
 
-def check_card(folder: Path) -> dict[str, Any]:
-    """The metadata of a card, if a hub would take it.
-
-    Raises:
-        EPMQInputError: naming the key.
-    """
+def _license(folder: Path) -> Any:
+    """What a card says; whether its metadata is as it should be, the hub itself says."""
     from huggingface_hub import ModelCard
 
     try:
-        data = ModelCard.load(folder / CARD_NAME).data.to_dict()
+        return ModelCard.load(folder / CARD_NAME).data.license
     except Exception as error:  # PyYAML and the library raise many kinds
         raise _unfit(
             f"the metadata of `{CARD_NAME}` is not readable: {reason_of(error)}", f"`{CARD_NAME}`"
         ) from error
-    for key in ("license", "license_name", "library_name", "pipeline_tag", "base_model_relation"):
-        if key in data and not isinstance(data[key], str):
-            raise _wrong_key(key, "a string")
-    models = data.get("base_model", [])
-    for model in models if isinstance(models, list) else [models]:
-        if not isinstance(model, str) or not _is_model(model):
-            raise _wrong_key("base_model", "ids of models on the hub")
-    tags = data.get("tags", [])
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise _wrong_key("tags", "a list of strings")
-    return data
-
-
-def _is_model(text: str) -> bool:
-    asked = parse_hub_id(text)
-    return (asked is not None and asked.revision is None) or re.fullmatch(
-        r"[A-Za-z0-9][\w.-]*", text, re.ASCII
-    ) is not None  # the oldest models have no owner
-
-
-def _wrong_key(key: str, rule: str) -> EPMQInputError:
-    return _unfit(
-        f"`{key}` in the metadata of `{CARD_NAME}` should be {rule}",
-        f"`{CARD_NAME}`",
-        "Correct it, or let `epmq-gptq card` write the card.",
-    )

@@ -458,10 +458,6 @@ FAULTS = {
         "EPMQ-P01",
         lambda folder: (folder / "README.md").write_text("---\ntags: [\n---\n"),
     ),
-    "a base model that is a path": (
-        "EPMQ-P01",
-        lambda folder: (folder / "README.md").write_text("---\nbase_model: ../x\n---\n"),
-    ),
     "code": (
         "EPMQ-P01",
         lambda folder: edit(folder, "config.json", auto_map={"AutoModel": "modeling_x.X"}),
@@ -532,12 +528,12 @@ def test_names_that_are_none(hub, checkpoint, option):
     assert hub.requests == []
 
 
-def test_a_card_that_the_hub_refuses_stops_it_before_the_weights(hub, checkpoint, monkeypatch):
+def test_a_card_that_the_hub_refuses_stops_it_before_anything_is_made(hub, checkpoint, monkeypatch):
     monkeypatch.setattr(
         hub, "_validate", lambda request, content: request.refuse(400, "", "license is unknown")
     )
     refused("EPMQ-P01", "license is unknown", folder=checkpoint)
-    assert hub.put == []
+    assert hub.put == [] and hub.repositories == {}
 
 
 def test_a_checkpoint_without_a_card_is_pushed_with_a_hint(hub, checkpoint):
