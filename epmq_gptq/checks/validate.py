@@ -38,12 +38,7 @@ def validate(checkpoint: Checkpoint, planned: Iterable[str] | None = None) -> Re
     outer = read_json(folder, QUANTIZE_CONFIG, what)
     for fault in _files(inner, outer):
         raise _refusal(checkpoint, fault)
-    try:
-        reading = read_checkpoint(checkpoint, outer, limit=0)
-    except EPMQInputError as error:  # it is none, or a setting is none that there is
-        raise EPMQInputError(
-            error.cause, code=_CODE, subject=error.subject, remedy=_REMEDY
-        ) from error
+    reading = read_own(checkpoint, outer)
     for fault in _layers(checkpoint, reading, planned, outer.get("pack_dtype", "int32")):
         raise _refusal(checkpoint, fault)
     for name in checkpoint:
@@ -51,6 +46,20 @@ def validate(checkpoint: Checkpoint, planned: Iterable[str] | None = None) -> Re
             what = f"{checkpoint.what}: `{name}`"
             check_finite(checkpoint.read(name), what, remedy="Quantize the merge again.")
     return reading
+
+
+def read_own(checkpoint: Checkpoint, quantize_config: Mapping[str, Any]) -> Reading:
+    """What is in a checkpoint that we made, from its headers and configuration alone.
+
+    Raises:
+        EPMQInputError: nothing in it is packed, or a setting is none that there is.
+    """
+    try:
+        return read_checkpoint(checkpoint, quantize_config, limit=0)
+    except EPMQInputError as error:
+        raise EPMQInputError(
+            error.cause, code=_CODE, subject=error.subject, remedy=_REMEDY
+        ) from error
 
 
 def _refusal(checkpoint: Checkpoint, fault: tuple[str, str]) -> EPMQInputError:

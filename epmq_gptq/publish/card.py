@@ -192,16 +192,16 @@ def metadata(source: Source, known: Declared, license: str | None) -> dict[str, 
             "quant_method": "gptq",
             "targets": "E-PMQ",
             "bits": bits[0] if len(bits) == 1 else bits,
-            "group_size": source.export.group_size,
-            "sym": source.export.sym,
-            "desc_act": source.export.desc_act,
+            "group_size": source.facts.export.group_size,
+            "sym": source.facts.export.sym,
+            "desc_act": source.facts.export.desc_act,
         },
     }
     return {key: value for key, value in data.items() if value is not None}
 
 
 def _task(source: Source) -> str | None:
-    name = source.architecture
+    name = source.facts.architecture
     if name in _TASKS:
         return _TASKS[name]
     # The hub has no task for T5 as such; its models say translation, summarization and so on.

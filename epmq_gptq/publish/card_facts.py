@@ -17,7 +17,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ..calibration.rows import IMAGES, PAIRS, TEXT, form_of
-from ..checks.serving import Export, check_serving
+from ..checks.engines.facts import Facts
+from ..checks.serving import check_serving
+from ..checks.validate import read_own
 from ..errors import EPMQInputError
 from ..experts.linears import Linear
 from ..io.checkpoints import Checkpoint
@@ -81,10 +83,8 @@ class Source:
     """What is read of a checkpoint for its card.
 
     Attributes:
-        config: what ``config.json`` holds.
+        facts: what is quantized, and how.
         record: the provenance, ``meta.epmq``.
-        export: how the layers are quantized.
-        linears: the quantized layers.
         engines: engine → version, verdict and reasons, see :mod:`epmq_gptq.checks.serving`.
         parts: base, merged model and experts.
         sources: what these declare alike.
@@ -92,10 +92,8 @@ class Source:
         retention: the scores of the experts, None where nothing was evaluated.
     """
 
-    config: dict[str, Any]
+    facts: Facts
     record: Mapping[str, Any]
-    export: Export
-    linears: list[Linear]
     engines: dict[str, Any]
     parts: list[Part]
     sources: Agreed
@@ -103,16 +101,10 @@ class Source:
     retention: Retention | None
 
     @property
-    def architecture(self) -> str:
-        """The first of ``architectures``, "" where there is none."""
-        named = self.config.get("architectures")
-        return str(named[0]) if isinstance(named, list) and named else ""
-
-    @property
     def bits(self) -> list[int]:
         """The widths in use, in ascending order."""
-        settings = (self.export.of(linear.name) for linear in self.linears)
-        return sorted({each.bits for each in settings if each is not None}) or [self.export.bits]
+        widths = {layer.settings.bits for layer in self.facts.layers}
+        return sorted(widths or {self.facts.export.bits})
 
 
 def read_source(folder: Path, folders: Mapping[str, Path]) -> Source:
@@ -137,15 +129,13 @@ def read_source(folder: Path, folders: Mapping[str, Path]) -> Source:
             subject="`quantize_config.json`",
             remedy="Give a folder that `save` of an E-PMQ run wrote.",
         )
-    config = checkpoint.config()
-    export, linears = read_export(quantization), quantized_linears(checkpoint)
+    facts = read_own(checkpoint, quantization).facts
+    linears = [Linear(layer.name, (layer.outputs, layer.inputs), ()) for layer in facts.layers]
     parts = parts_of(record)
     return Source(
-        config=config,
+        facts=facts,
         record=record,
-        export=export,
-        linears=linears,
-        engines=check_serving(export, linears, config)[1],
+        engines=check_serving(facts.export, linears, facts.config)[1],
         parts=parts,
         sources=agreed(parts, folders),
         figures=_figures(folder),
@@ -161,67 +151,6 @@ def _figures(folder: Path) -> dict[str, list[ExpertError]]:
             for name, each in module.experts.items():
                 figures.setdefault(name, []).append(each)
     return figures
-
-
-def read_export(quantization: Mapping[str, Any]) -> Export:
-    """How a ``quantize_config.json`` says that layers are quantized.
-
-    Raises:
-        EPMQInputError: a setting is missing, or none that there is.
-    """
-    bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    dynamic = quantization.get("dynamic")
-    problem = ""
-    if not _is_count(bits) or not 2 <= bits <= 8:
-        problem = f"`bits` should be 2 to 8, got {bits!r}"
-    elif not _is_count(group_size) or not (group_size == -1 or group_size > 0):
-        problem = f"`group_size` should be -1 or positive, got {group_size!r}"
-    elif dynamic is not None and not _is_dynamic(dynamic):
-        problem = "`dynamic` should map patterns of names to settings"
-    if problem:
-        raise EPMQInputError(
-            f"{WHAT}: in `quantize_config.json` {problem}.",
-            code="EPMQ-P01",
-            subject="`quantize_config.json`",
-            remedy="Save the checkpoint again.",
-        )
-    return Export(
-        bits,
-        group_size,
-        quantization.get("sym") is not False,
-        quantization.get("desc_act") is True,
-        dynamic or None,
-        quantization.get("lm_head") is True,
-    )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_dynamic(dynamic: Any) -> bool:
-    if not isinstance(dynamic, Mapping):
-        return False
-    with contextlib.suppress(re.error):
-        for pattern, settings in dynamic.items():
-            re.compile(pattern.removeprefix("-:").removeprefix("+:"))
-            if not (pattern.startswith("-:") or isinstance(settings, Mapping)):
-                return False
-        return True
-    return False
-
-
-def quantized_linears(checkpoint: Checkpoint) -> list[Linear]:
-    """The packed layers of a checkpoint, from its headers."""
-    linears = []
-    for name in checkpoint:
-        module = name.removesuffix(".qweight")
-        if module == name or f"{module}.g_idx" not in checkpoint:
-            continue
-        inputs = checkpoint.info(f"{module}.g_idx").numel
-        outputs = checkpoint.info(name).shape[-1:] or (0,)
-        linears.append(Linear(module, (outputs[0], inputs), ()))
-    return linears
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -259,7 +188,7 @@ def card_facts(source: Source, title: str | None, repo_id: str | None, names: bo
     is_known = isinstance(method, str)
     exceptions = source.record.get("exceptions")
     exceptions = exceptions if isinstance(exceptions, list) else []
-    form = form_of(source.config)
+    form = form_of(source.facts.config)
     return CardFacts(
         title=title,
         names=experts,
@@ -283,7 +212,7 @@ def card_facts(source: Source, title: str | None, repo_id: str | None, names: bo
         retention=list(_retention(source.retention)),
         errors=list(_errors(source.figures)),
         auto_class=(
-            "AutoModelForCausalLM" if source.architecture.endswith(_HEADS) else "AutoModel"
+            "AutoModelForCausalLM" if source.facts.architecture.endswith(_HEADS) else "AutoModel"
         ),
         serving={
             engine: _sentences(_reasons(source, engine, "limited"))
@@ -330,12 +259,12 @@ def _value(value: Any, names: set[str]) -> str:
 
 
 def _settings(source: Source) -> Iterator[tuple[str, str]]:
-    export, record = source.export, source.record
+    export, record = source.facts.export, source.record
     yield "bits", "/".join(map(str, source.bits))
     yield "group size", "one per row" if export.group_size == -1 else str(export.group_size)
     yield "symmetric", "yes" if export.sym else "no"
     yield "activation order (`desc_act`)", "yes" if export.desc_act else "no"
-    yield "quantized layers", str(len(source.linears))
+    yield "quantized layers", str(len(source.facts.layers))
     if export.dynamic:
         yield "layers with settings of their own", "yes (`dynamic`)"
     for key in _SETTINGS:
@@ -398,7 +327,7 @@ def _serves(source: Source, engine: str) -> bool:
     """Whether an engine is worth a recommendation."""
     verdict = mapping(source.engines.get(engine)).get("verdict")
     # "limited" of a text model is slower or needs a dtype; of another kind nobody has tried it.
-    return verdict == "yes" or (verdict == "limited" and form_of(source.config) is TEXT)
+    return verdict == "yes" or (verdict == "limited" and form_of(source.facts.config) is TEXT)
 
 
 def _reasons(source: Source, engine: str, verdict: str) -> str:
@@ -407,7 +336,7 @@ def _reasons(source: Source, engine: str, verdict: str) -> str:
 
 
 def _refusing(source: Source) -> Iterator[str]:
-    form = form_of(source.config)
+    form = form_of(source.facts.config)
     for engine, entry in source.engines.items():
         shown = engine == "GPTQModel" or (engine == "transformers" and form is PAIRS)
         if _serves(source, engine) or (form is not TEXT and shown):

@@ -492,7 +492,7 @@ def test_folders_that_are_no_such_checkpoint_are_refused(tmp_path):
     for key, value in {"bits": 99, "group_size": "x", "dynamic": {"(": {}}}.items():
         changed = json.loads(before) | {key: value}
         (folder / "quantize_config.json").write_text(json.dumps(changed))
-        with pytest.raises(EPMQInputError, match=f"`{key}` should"):
+        with pytest.raises(EPMQInputError, match=f"`{key}`"):
             model_card(folder)
     with pytest.raises(EPMQInputError, match="is not a folder"):
         model_card(tmp_path / "nothing")
