@@ -22,7 +22,6 @@ _HEAD = re.compile(r"(?:lm_head|embed_out)")
 _LAYER = re.compile(r"(.*?\.)(\d+)\.")
 # How many names of harmless tensors a warning spells out.
 _SAMPLE = 5
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16}
 
 
 class Headers(NamedTuple):
@@ -232,5 +231,5 @@ def _table(store: Any) -> dict[str, Any]:
     return {
         "tensors": len(infos),
         "dtypes": dict(Counter(info.dtype for info in infos).most_common()),
-        "bytes": sum(info.numel * _BITS.get(info.dtype, 8) // 8 for info in infos),
+        "bytes": sum(info.nbytes for info in infos),
     }

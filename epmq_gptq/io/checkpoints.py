@@ -56,6 +56,9 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# safetensors' code of a dtype → bytes of an entry.
+SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
+SIZES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class TensorInfo:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its data takes; of a dtype that is not known, its entries."""
+        return self.numel * SIZES.get(self.dtype, 1)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EPMQInputError
+from ..io.checkpoints import SIZES
 from ..io.folders import INDEX_NAME, WEIGHTS_NAME
-
-# Bytes of one entry, by safetensors' dtype codes.
-_SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
-_SIZES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 class Entry(NamedTuple):
@@ -30,14 +27,14 @@ class Entry(NamedTuple):
     @property
     def nbytes(self) -> int:
         """How many bytes its data takes."""
-        if self.dtype not in _SIZES:
+        if self.dtype not in SIZES:
             raise EPMQInputError(
                 f"tensor `{self.name}` has the dtype {self.dtype}, which cannot be written.",
                 code="EPMQ-F06",
                 subject=f"tensor `{self.name}`",
-                remedy=f"Convert it to one of {', '.join(_SIZES)}.",
+                remedy=f"Convert it to one of {', '.join(SIZES)}.",
             )
-        return math.prod(self.shape) * _SIZES[self.dtype]
+        return math.prod(self.shape) * SIZES[self.dtype]
 
 
 class ShardWriter:
@@ -74,7 +71,7 @@ class ShardWriter:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         ends = [0]
         # Readers map the file, so data must be aligned to its own size: the widest come first.
-        shard = sorted(shard, key=lambda entry: -_SIZES[entry.dtype])
+        shard = sorted(shard, key=lambda entry: -SIZES[entry.dtype])
         for entry in shard:
             ends.append(ends[-1] + entry.nbytes)
             header[entry.name] = {

@@ -22,8 +22,6 @@ assert set(CONFIG_FILE.values()) == {CONFIG, QUANTIZE_CONFIG}
 _NEEDED = PACKED[:3]
 _BLOCK = re.compile(r"(.*?)\.\d+\.")
 _HEADS = ("lm_head", "embed_out", "output_layer", "output", "head")
-# Bytes of one entry by safetensors' codes.
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 Modules = dict[str, dict[str, TensorInfo]]
 
@@ -338,7 +336,7 @@ def _found(store: Store, facts: Facts, content: _Content) -> dict[str, Any]:
         "architecture": facts.architecture or None,
         "model_type": facts.model_type or None,
         "tensors": sum(dtypes.values()),
-        "bytes": sum(store.info(n).numel * _BYTES.get(store.info(n).dtype, 1) for n in store),
+        "bytes": sum(store.info(name).nbytes for name in store),
         "files": len({store.info(name).file for name in store}),
         "layers": len(facts.layers),
         "settings": [

@@ -92,28 +92,19 @@ def zero_kind(qzeros: torch.Tensor, bits: int, *, planes: bool) -> str:
         planes: whether the format is ``gptq_p``.
     """
     middle = 1 << (bits - 1)
-    for kind, value in (("v1", middle - 1), ("v2", middle)):
-        words = torch.tensor(_words(value, bits, planes), dtype=torch.int32)
-        repeats = -(-qzeros.shape[1] // len(words))
-        if torch.equal(qzeros, words.repeat(repeats)[: qzeros.shape[1]].expand_as(qzeros)):
-            return kind
-    return "free"
+    # The last words may hold only some codes, in planes none that is whole.
+    words = qzeros.shape[-1]
+    stored = words // bits * WORD if _in_planes(bits, planes) else words * WORD // bits
+    codes = unpacked(qzeros, bits, planes=planes)[..., :stored]
+    if not codes.numel():
+        return "free"
+    lowest, highest = codes.aminmax()
+    kinds = {middle - 1: "v1", middle: "v2"}
+    return kinds.get(int(lowest), "free") if lowest == highest else "free"
 
 
-def _words(value: int, bits: int, planes: bool) -> list[int]:
-    """32 codes of one value as ``bits`` signed words."""
-    if bits in _ALWAYS_PLANES or (planes and bits in _PLANES):
-        packed, offset, at = 0, 0, 0
-        for width in _PLANES[bits]:
-            field = value >> offset & ((1 << width) - 1)
-            for _ in range(WORD):
-                packed |= field << at
-                at += width
-            offset += width
-    else:
-        packed = sum(value << bits * index for index in range(WORD))
-    words = [packed >> WORD * index & 0xFFFFFFFF for index in range(bits)]
-    return [word - (1 << WORD) if word >> (WORD - 1) else word for word in words]
+def _in_planes(bits: int, planes: bool) -> bool:
+    return bits in _ALWAYS_PLANES or (planes and bits in _PLANES)
 
 
 def unpacked(words: torch.Tensor, bits: int, *, planes: bool) -> torch.Tensor:
@@ -127,10 +118,9 @@ def unpacked(words: torch.Tensor, bits: int, *, planes: bool) -> torch.Tensor:
     lacking = -words.shape[-1] % bits
     blocks = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, lacking))
     blocks = blocks.unflatten(-1, (-1, bits))
-    in_planes = bits in _ALWAYS_PLANES or (planes and bits in _PLANES)
     codes = blocks.new_zeros(*blocks.shape[:-1], WORD)
     at = offset = 0
-    for width in _PLANES[bits] if in_planes else (bits,):
+    for width in _PLANES[bits] if _in_planes(bits, planes) else (bits,):
         position = at + width * torch.arange(WORD)
         word, shift = position // WORD, position % WORD
         # A code may end in the next word. Where it does not, that word's bits lie above the mask.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ...calibration.rows import IMAGES, form_of
 from ...io.families import FAMILIES, family_of
+from ..findings import listed
 from .facts import Facts, Layer, plain
 from .fused import CUT_INPUTS, FUSED, LINEAR_LEAVES, ROUTED
 from .parallel import max_tensor_parallel, obstacle
@@ -476,8 +477,6 @@ _dtype = _when(
 
 
 def _some(names: Iterable[str]) -> str:
-    from ..findings import listed  # whose package imports these rules
-
     return listed(names, 3)
 
 
