@@ -106,6 +106,7 @@ def report(
         EPMQInputError: there is no report, what was given belongs to another model, or a file of
             that name is there.
     """
+    from ..publish.page.figures import report_figures
     from ..publish.page.sources import Sources, check_page
 
     if out is None and open_page:
@@ -119,7 +120,8 @@ def report(
     if out is not None:
         inputs = [each for each in (folder, baseline, evaluation) if each is not None]
         check_page(out, inputs, overwrite)
-    result = ReportResult(sources.figures(), out)
+    figures = report_figures(sources.run, sources.baseline, sources.retention)
+    result = ReportResult(figures, out)
     for note in sources.notes():
         reporter.note(note)
     if out is not None:

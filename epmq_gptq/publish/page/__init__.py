@@ -10,9 +10,9 @@ Example::
 
 from ...run_report import read_report
 from .figures import report_figures
-from .matching import check_baseline
 from .render import report_page
 from .retention import Retention, read_retention
+from .sources import check_baseline
 
 __all__ = [
     "Retention",

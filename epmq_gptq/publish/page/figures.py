@@ -8,13 +8,14 @@ times tokens): Σ‖(Q − W_i) x‖² over the modules, divided by Σ‖W_i x�
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ...run_report import AimError, ExpertError, ModuleReport, QuantizationReport
 from .layers import kind_of, layer_labels, layer_of, layers_in_order
-from .matching import check_baseline, check_retention
 from .retention import STAGES, Retention
+from .sources import check_baseline, check_retention
 
 SCHEMA = 1
 
@@ -33,6 +34,8 @@ FIGURES = {
     "aim_rounded": "after, against what the layer aims at",
     "aim_change": "after - before, against what the layer aims at",
 }
+# What the document says of a module as its run told it.
+_OF_MODULES = ("target", "reason", "bits", "group_size", "alpha", "eta", "rho", "held_out_gain")
 # Pairs (module, expert) that the JSON document lists as the worst.
 WORST = 20
 
@@ -219,14 +222,7 @@ def _modules(
             "module": module.module,
             "layer": labels[layer_of(module.module)],
             "kind": kind_of(module.module),
-            "target": module.target,
-            "reason": module.reason,
-            "bits": module.bits,
-            "group_size": module.group_size,
-            "alpha": module.alpha,
-            "eta": module.eta,
-            "rho": module.rho,
-            "held_out_gain": module.held_out_gain,
+            **{key: getattr(module, key) for key in _OF_MODULES},
             "seconds": module.seconds,
             "experts": {
                 name: {
@@ -338,7 +334,7 @@ def run_facts(report: QuantizationReport) -> dict[str, Any]:
         "bits": sorted({module.bits for module in report.modules}),
         "group_size": sorted({module.group_size for module in report.modules}),
         "modules": len(report.modules),
-        "targets": _counts(module.target for module in report.modules),
+        "targets": dict(Counter(module.target for module in report.modules)),
         "rows": sum(report.rows.values()),
         "tokens": sum(report.tokens.values()),
         "seconds": report.seconds,
@@ -349,10 +345,3 @@ def run_facts(report: QuantizationReport) -> dict[str, Any]:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
-
-
-def _counts(values: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return counts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 # Not more digits: a name is a stranger's, and Python refuses to read very long numbers.
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -76,17 +77,7 @@ def _short_names(stacks: Sequence[str]) -> list[str]:
     if len(stacks) < 2:
         return [""] * len(stacks)
     names = [stack.split(".") for stack in stacks]
-    start = _shared(names)
-    end = _shared([name[start:][::-1] for name in names])
+    start = len(commonprefix(names))
+    end = len(commonprefix([name[start:][::-1] for name in names]))
     short = [".".join(name[start : len(name) - end]) for name in names]
     return [one or stack for one, stack in zip(short, stacks, strict=True)]
-
-
-def _shared(names: Sequence[Sequence[str]]) -> int:
-    """How many parts at the start are the same in all names."""
-    count = 0
-    for parts in zip(*names, strict=False):
-        if len(set(parts)) > 1:
-            break
-        count += 1
-    return count

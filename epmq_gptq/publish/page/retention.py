@@ -74,11 +74,6 @@ class Retention(Declared):
 
     experts: dict[str, ExpertRetention]
 
-    def percent(self, name: str, stage: str = "quantized") -> float | None:
-        """See :meth:`ExpertRetention.percent`; None for an expert without an evaluation."""
-        found = self.experts.get(name)
-        return None if found is None else found.percent(stage)
-
     def average(self, stage: str = "quantized") -> float | None:
         """The plain mean over the experts, None where one has no percentage."""
         found = [expert.percent(stage) for expert in self.experts.values()]
@@ -92,13 +87,12 @@ class Retention(Declared):
         }
 
 
-class _RetentionFile(Declared):
+class _RetentionFile(Retention):
     """The content of :data:`FILE_NAME`."""
 
     file_schema: Annotated[int, ruled(str(SCHEMA), lambda got: got == SCHEMA)] = Field(
         alias="schema"
     )
-    experts: dict[str, ExpertRetention]
 
 
 def read_retention(folder: str | Path, name: str = FILE_NAME) -> Retention | None:

@@ -126,7 +126,6 @@ def test_per_cent_of_accuracy_and_of_a_loss():
     assert kept("t", "acc", True, 0.5, 0.0).percent() == 0.0
 
     both = Retention(experts={"a": better, "b": loss})
-    assert both.percent("a") == 75.0 and both.percent("nobody") is None
     assert both.average() == pytest.approx((75.0 + 62.5) / 2)
     assert both.average("merged") is None
     assert Retention(experts={}).average() is None
@@ -162,7 +161,7 @@ def test_the_file_follows_the_contract_and_comes_back(folder, files):
         },
     }
     read = read_retention(folder)
-    assert read.percent("math") == 75.0 and read.percent("code", "gptq") == 75.0
+    assert read.experts["math"].percent() == 75.0 and read.experts["code"].percent("gptq") == 75.0
     assert read.to_dict() == written
     assert {entry.name for entry in folder.iterdir()} == {
         "epmq_evaluation.json",
@@ -207,12 +206,14 @@ def test_tasks_of_lm_eval(folder, files):
     assert result.exit_code == 0, result.output
     read = read_retention(folder)
     assert read.experts["code"].metric == "pass@1"
-    assert read.percent("math") == pytest.approx(40) and read.percent("code") == pytest.approx(80)
+    assert read.experts["math"].percent() == pytest.approx(40) and read.experts[
+        "code"
+    ].percent() == pytest.approx(80)
 
     # The only task that both have needs no option.
     files(**contents | {"math": harness(measure("gsm8k", "exact_match", 0.4))})
     assert run(folder, experts=["math"]).exit_code == 0
-    assert read_retention(folder).percent("math") == pytest.approx(50)
+    assert read_retention(folder).experts["math"].percent() == pytest.approx(50)
 
     several = [measure("gsm8k", "acc", 0.5), measure("gsm8k", "acc_norm", 0.6)]
     files(math=harness(*several), quantized=harness(*several, quantization=INT4))
@@ -330,7 +331,7 @@ def test_from_python(folder, files):
         metric={"math": "loss"},
     )
     assert repr(result) == "<RetentionResult: 2 experts>"
-    assert result.retention.percent("math") == 62.5 and result.out.parent == folder
+    assert result.retention.experts["math"].percent() == 62.5 and result.out.parent == folder
     assert json.loads(result.out.read_text()) == result.to_dict()
     assert "62.5 %" in str(result)
     assert read_retention(folder) == result.retention
