@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,13 +100,13 @@ def damaged(
     tensors: Callable[[dict[str, torch.Tensor]], None] | None = None,
     **files: Callable[[dict[str, Any]], None],
 ) -> Path:
-    """A copy of which something was changed in place.
+    """A copy, in a new folder under ``folder``, of which something was changed.
 
     Args:
         tensors: changes the tensors by name.
         files: name of a JSON file without its suffix → what changes its content.
     """
-    copy = folder / "damaged"
+    copy = Path(tempfile.mkdtemp(dir=folder)) / "damaged"
     shutil.copytree(checkpoint, copy)
     if tensors is not None:
         state = load_file(copy / "model.safetensors")
