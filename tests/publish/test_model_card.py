@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import regret_samples as samples
 import torch
-import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -559,8 +558,3 @@ def test_the_command(tmp_path, monkeypatch):
     refusal = run()
     assert refusal.exit_code == 2 and "[EPMQ-F45]" in refusal.stderr
     assert run("--overwrite").exit_code == 0
-
-
-def test_the_metadata_is_plain_yaml(tmp_path):
-    front = model_card(checkpoint(tmp_path / "out")).split("---")[1]
-    assert yaml.safe_load(front)["tags"][0] == "gptq"

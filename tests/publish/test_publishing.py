@@ -350,7 +350,6 @@ def test_without_a_token_nothing_is_asked(hub, checkpoint, monkeypatch):
     ("token", "code", "part"),
     [
         ("hf_" + "x" * 30, "EPMQ-P02", "does not accept the access token"),
-        (OTHER, "EPMQ-P02", "may not write to `org/llama-4bit`"),
         (READER, "EPMQ-P02", "may not write to `org/llama-4bit`"),
     ],
 )
