@@ -25,14 +25,15 @@ def run(*arguments, **options):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], **options)
 
 
-def fresh(*arguments, **variables):
+def python(*arguments, **variables):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(
-        [sys.executable, "-m", "epmq_gptq", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment
     )
+
+
+def fresh(*arguments, **variables):
+    return python("-m", "epmq_gptq", *arguments, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_without_arguments_there_is_help():
 
 
 def test_json_on_stdout_is_all_that_is_there(recipe, tmp_path):
-    """In a process of its own, where the host would print, and with --verbose, where it does."""
+    """In a process of its own, where the host would print as it is imported."""
     out = tmp_path / "out"
     done = fresh("quantize", recipe, "--out", out, "--json", "-")
     assert done.returncode == 0, done.stderr
@@ -170,10 +171,19 @@ def test_json_on_stdout_is_all_that_is_there(recipe, tmp_path):
     assert said["epmq_gptq"] == epmq_gptq.__version__
     assert len(said["report"]["modules"]) == 14 and said["checkpoint"] == "out"
     assert "quantize    14/14 modules" in done.stderr  # people read it there
-    loud = fresh("inspect", recipe, "--json", "-", "--verbose")
-    assert json.loads(loud.stdout)["models"] and "ready to run" not in loud.stderr
-    quiet = fresh("inspect", recipe, "--json", "-", "--quiet")
-    assert json.loads(quiet.stdout)["models"] and quiet.stderr == ""
+
+
+def test_json_on_stdout_is_all_that_is_there_loud_or_quiet(recipe, capfd):
+    def printed(how):
+        """What comes out of the descriptors, whoever writes there."""
+        with pytest.raises(SystemExit, match="0"):
+            cli.app(["inspect", str(recipe), "--json", "-", how])
+        return capfd.readouterr()
+
+    loud = printed("--verbose")
+    assert json.loads(loud.out)["models"] and "ready to run" not in loud.err
+    quiet = printed("--quiet")
+    assert json.loads(quiet.out)["models"] and quiet.err == ""
 
 
 def test_errors_are_json_too(recipe, tmp_path):
@@ -242,13 +252,19 @@ def test_quiet_says_nothing_but_what_was_asked_for(recipe, tmp_path):
 # ---- terminals and pipes -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [{"NO_COLOR": "1", "FORCE_COLOR": "1"}, {"NO_COLOR": "1", "TERM": "xterm-256color"}],
-)
-@pytest.mark.parametrize("arguments", [["explain"], ["inspect"], ["--help"]])
-def test_no_color_is_respected(arguments, variables):
-    done = fresh(*arguments, **variables)
+def test_no_color_is_respected():
+    """By one process, since what is imported reads the variables once."""
+    code = """
+from epmq_gptq import cli
+for argument in ("explain", "inspect", "--help"):
+    try:
+        cli.app([argument])
+    except SystemExit:
+        print("ENDED", argument)
+"""
+    variables = {"NO_COLOR": "1", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    done = python("-c", code, **variables)
+    assert done.stdout.count("ENDED") == 3, done.stderr
     colours = [part for part in (done.stdout + done.stderr).split("\x1b[")[1:] if is_colour(part)]
     assert colours == []
 
