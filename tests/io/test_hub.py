@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import yaml
 from hub import Hub, commit_of, small_model
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from epmq_gptq import cli
 from epmq_gptq.commands.draft import Given, draft_of_merge
 from epmq_gptq.errors import EPMQInputError, EPMQWarning
 from epmq_gptq.experts.experts import Experts
@@ -139,6 +142,7 @@ def test_what_the_hub_refuses(hub, tmp_path):
 def test_what_was_fetched_is_there_without_the_hub(hub, tmp_path, monkeypatch):
     commit = hub.add("org/math", small_model(tmp_path / "m"))
     first, _ = resolve("org/math")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits between attempts
     for state in ("down", "offline"):
         hub.is_down = state == "down"
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", state == "offline")
@@ -304,8 +308,9 @@ def test_one_command_from_a_hub_id_to_a_checkpoint(tmp_path):
     for folder in (merged, base, *experts.values()):
         (folder / "pytorch_model.bin").unlink()
     shutil.rmtree(tmp_path / "home")
-    done = command("quantize", merged, *options, *local, "--base", base, "--out", "local", **where)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options += [*local, "--base", base, "--out", "local"]
+    done = CliRunner().invoke(cli.app, ["quantize", *map(str, [merged, *options])])
+    assert done.exit_code == 0, done.output
     assert "warning: " not in done.stderr
     ours, theirs = (load_file(tmp_path / o / "model.safetensors") for o in ("out", "local"))
     assert ours.keys() == theirs.keys()
