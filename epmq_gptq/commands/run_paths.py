@@ -141,7 +141,7 @@ def _needs(checkpoint, recipe: Recipe, out: Path, resume: Path | None) -> list[N
     bits = int(bits) if bits in range(2, 9) else 2  # refused later, with its rule
     packed = dense = merge = 0
     for info in map(checkpoint.info, checkpoint):
-        stored = info.numel * (info.torch_dtype.itemsize if info.torch_dtype else 1)
+        stored = info.nbytes
         merge += stored
         # What is quantized is a matrix of a numbered layer. Others stay as they are; what the run
         # would store in half precision is counted as that.

@@ -16,9 +16,9 @@ from ..checks.engines.packed import PACKED
 from ..errors import EPMQInputError
 from ..host.loading import choose_device
 from ..io.checkpoints import Checkpoint, check_folder, resolve_source
+from ..io.dtypes import SPELLED
 from ..io.folders import read_json
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WHAT = "the model"
 
 
@@ -142,14 +142,14 @@ def load_model(
 
 def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype | None:
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
+        if dtype not in SPELLED:
             raise EPMQInputError(
-                f"`dtype` should be one of {', '.join(DTYPES)}, got `{dtype}`.",
+                f"`dtype` should be one of {', '.join(SPELLED)}, got `{dtype}`.",
                 code="EPMQ-O01",
                 subject="`dtype`",
                 remedy="Leave it out for float32 on a CPU and the checkpoint's own on a GPU.",
             )
-        return DTYPES[dtype]
+        return SPELLED[dtype]
     return torch.float32 if dtype is None and device == "cpu" else dtype
 
 
@@ -213,7 +213,7 @@ def _packed_module(
     from ..host.remote_code import distrusted
 
     # The kernels hold half precision; what will be dense is read again in its own.
-    half = dtype or DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
+    half = dtype or SPELLED.get(config.get("dtype") or config.get("torch_dtype"))
     if half not in (torch.float16, torch.bfloat16):
         half = torch.bfloat16 if method == "awq" and device == "cpu" else torch.float16
     backend = BACKEND.AUTO

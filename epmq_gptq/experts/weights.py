@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import EPMQInputError, EPMQNumericalError
+from ..io.dtypes import WEIGHTS
 from .adapters import Update
 from .linears import Linear, StoredWeight, piece, resolve
 
@@ -14,7 +15,6 @@ from .linears import Linear, StoredWeight, piece, resolve
 QUANTIZED_SUFFIXES = (".qweight", ".weight_packed", ".weight_scale", ".absmax", ".scales")
 # Rows of W_0 + s B A that are built at once where a norm of each is needed (DoRA).
 _ROWS = 1024
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _REMEDY = "An expert must hold every linear layer of the merged model."
 
 
@@ -44,7 +44,7 @@ def find_weight(store: Any, linear: Linear, only: StoredWeight | None = None) ->
             subject=f"tensor `{stored.tensor}`",
             remedy=_REMEDY,
         )
-    if info.torch_dtype not in _DTYPES:
+    if info.dtype not in WEIGHTS:
         raise EPMQInputError(
             f"`{stored.tensor}` has dtype {info.dtype}, not one of F32, F16 and BF16.",
             code="EPMQ-F06",

@@ -17,6 +17,7 @@ from ..checks.engines.packed import PACKED, dequantized_rows
 from ..checks.validate import validate
 from ..errors import EPMQError, EPMQInputError
 from ..io.checkpoints import Checkpoint
+from ..io.dtypes import SPELLED
 from ..io.folders import INDEX_NAME, read_json
 from ..io.output import check_output, check_space, new_folder
 from ..publish.card import write_card
@@ -28,7 +29,6 @@ from .recorded.bundle import FOLDER_NAME, Bundle
 ROUNDED_TOLERANCE = 0.01
 # Bytes for headers, the report and the card, beside one per cent.
 _MARGIN = 1 << 20
-_HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # What errors call what was written, and what to do where it does not read back.
 _WRITTEN = "the written checkpoint"
 _AGAIN = (
@@ -121,7 +121,7 @@ def _store_dense_tensors_as_merged(folder: Path, merged: Path) -> None:
     source = read_json(merged, "config.json", "the merged model")
     key = "dtype" if "dtype" in config else "torch_dtype"
     stored = source.get("dtype") or source.get("torch_dtype")
-    if stored not in _HALF or config.get(key) == stored:
+    if stored not in SPELLED or stored == "float32" or config.get(key) == stored:
         return
     with _reading_back():
         written = Checkpoint(folder, what=_WRITTEN)
@@ -134,7 +134,7 @@ def _store_dense_tensors_as_merged(folder: Path, merged: Path) -> None:
         for name in names:
             tensor = written.read(name)
             dense = tensor.dtype == torch.float32 and not name.endswith(PACKED)
-            tensors[name] = tensor.to(_HALF[stored]) if dense else tensor.clone()
+            tensors[name] = tensor.to(SPELLED[stored]) if dense else tensor.clone()
             total += tensors[name].nbytes
         written.close()  # the file is about to be replaced under its mapping
         save_file(tensors, folder / shard, metadata={"format": "pt"})

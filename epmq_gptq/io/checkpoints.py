@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import threading
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import EPMQInputError, EPMQWarning
+from .dtypes import DTYPES, FLOATS
 from .folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -50,16 +52,6 @@ _CONFIGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_m
 # Keys of a configuration that say what computes attention, or a layer's routed modules.
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-# safetensors' code of a dtype → bytes of an entry.
-SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
-SIZES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -73,20 +65,17 @@ class TensorInfo:
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """The floating dtype, or None for anything that is not a floating weight."""
-        return _DTYPES.get(self.dtype)
+        return FLOATS.get(self.dtype)
 
     @property
     def numel(self) -> int:
         """How many entries the tensor has."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes its data takes; of a dtype that is not known, its entries."""
-        return self.numel * SIZES.get(self.dtype, 1)
+        """How many bytes it takes; an unknown dtype counts as one byte an entry."""
+        return self.numel * (DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1)
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,30 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Formats of other programs, as far as people leave them alone in a folder.
 OTHER_SUFFIXES = (".gguf", ".h5", ".msgpack", ".onnx")
 
-# What a checkpoint needs to be read as a model, and how it was merged; never code, never pickle.
-HUB_PATTERNS = (
-    "*.json",
-    "mergekit_config.yml",
-    "*.safetensors",
-    "*.txt",
-    "*.jinja",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+# What a model has beside its weights and `config.json`: patterns of names.
+BESIDE = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    *_TOKENIZERS,
+    "tekken.json",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
+# What a checkpoint needs to be read as a model, and how it was merged; never code, never pickle.
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", *_TOKENIZERS, "mergekit_config.yml")
 # A folder in it that transformers reads as well.
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
 
 # Bytes of a configuration; the largest in use (tokenizer_config.json) have one or two million.
 MAX_CONFIG_BYTES = 10_000_000
@@ -135,8 +146,8 @@ def check_links(folder: Path, what: str) -> None:
         EPMQInputError: as :func:`check_file`, for any file that transformers or GPTQModel read.
     """
     names = matching(folder, HUB_PATTERNS, what)
-    if (folder / _TEMPLATES).is_dir():
-        names += [f"{_TEMPLATES}/{name}" for name in matching(folder / _TEMPLATES, "*", what)]
+    if (folder / TEMPLATES).is_dir():
+        names += [f"{TEMPLATES}/{name}" for name in matching(folder / TEMPLATES, "*", what)]
     for name in names:
         check_file(folder, name, what)
 

@@ -11,14 +11,7 @@ import torch
 
 from ..errors import EPMQInputError
 from .checkpoints import TensorInfo
-
-# safetensors' codes, so that both kinds of stores say the same of the same tensor.
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+from .dtypes import NAMES
 
 
 class StateDict:
@@ -98,8 +91,8 @@ class StateDict:
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of ``name``; EPMQInputError if it is missing."""
         tensor = self._get(name)
-        code = _CODES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-        return TensorInfo(name, tuple(tensor.shape), code, "memory")
+        dtype = NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        return TensorInfo(name, tuple(tensor.shape), dtype, "memory")
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its own dtype, on the CPU."""

@@ -9,27 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..io.checkpoints import Checkpoint
-from ..io.folders import check_file, matching
-from .compatibility import DTYPES
+from ..io.dtypes import WEIGHTS
+from ..io.folders import BESIDE, check_file, matching
 from .shards import Entry
-
-PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template*",
-    "*.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 
 
 def companions(checkpoint: Checkpoint) -> list[Path]:
@@ -38,7 +20,7 @@ def companions(checkpoint: Checkpoint) -> list[Path]:
     Raises:
         EPMQInputError: one of them is a link out of the checkpoint, or cannot be read.
     """
-    names = matching(checkpoint.path, PATTERNS, checkpoint.what)
+    names = matching(checkpoint.path, ("config.json", "*.jinja", *BESIDE), checkpoint.what)
     return [check_file(checkpoint.path, name, checkpoint.what) for name in names]
 
 
@@ -60,11 +42,11 @@ def _main_dtype(entries: Sequence[Entry]) -> str | None:
     """The dtype that most bytes of the floating tensors have, as ``config.json`` spells it."""
     totals: dict[str, int] = {}
     for entry in entries:
-        if entry.dtype in DTYPES:
+        if entry.dtype in WEIGHTS:
             totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.nbytes
     if not totals:
         return None
-    return str(DTYPES[max(totals, key=totals.__getitem__)]).removeprefix("torch.")
+    return str(WEIGHTS[max(totals, key=totals.__getitem__)]).removeprefix("torch.")
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:

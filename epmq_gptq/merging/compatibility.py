@@ -1,4 +1,8 @@
-"""Refusal of models whose tensors do not match, before anything is computed."""
+"""Refusal of models whose tensors do not match, before anything is computed.
+
+Tensors whose dtype is one of ``WEIGHTS`` are merged. Anything else (indices, masks, fp8 codes, and
+fp64, which the fp32 arithmetic could not keep) must be the same in all models and is copied.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EPMQInputError
+from ..io.dtypes import WEIGHTS
 
-# The dtypes that are merged, by their safetensors codes. Anything else (indices, masks, fp8 codes,
-# fp64, which the fp32 arithmetic could not keep) must be the same in all models and is copied.
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # How many offending tensors an error spells out for each expert.
 _LISTED = 20
 # Names of tables with one row per token.
@@ -20,7 +22,7 @@ _TOKEN_TABLES = ("embed", "wte", "shared", "lm_head", "output_projection")
 
 
 class Header(NamedTuple):
-    """Shape and dtype of one tensor; the dtype as a code of DTYPES where it is one of them."""
+    """Shape and dtype of one tensor; the dtype by safetensors' name."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -79,7 +81,7 @@ def _differences(
                 tables.append(f"`{name}` has {mine.shape[0]} rows, {what} {other.shape[0]}")
             else:
                 shapes.append(f"`{name}` is {list(mine.shape)}, {what} {list(other.shape)}")
-        elif mine.dtype != other.dtype and not (mine.dtype in DTYPES and other.dtype in DTYPES):
+        elif mine.dtype != other.dtype and not (mine.dtype in WEIGHTS and other.dtype in WEIGHTS):
             dtypes.append(f"`{name}` is {mine.dtype}, {what} {other.dtype}")
     alike = "Export every model in the same way."
     found = (

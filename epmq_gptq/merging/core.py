@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EPMQInputError
-from .compatibility import DTYPES, Header, check_copied, check_headers
+from ..io.dtypes import NAMES, WEIGHTS
+from .compatibility import Header, check_copied, check_headers
 from .method import MergeMethod, Stack
 from .registry import build_method
 
@@ -133,7 +134,7 @@ def merge_state_dicts(
         experts = {expert: sd[name] for expert, sd in expert_sds.items()}
         return Stack(name, base, experts, reference[name].dtype)
 
-    copied = [name for name, entry in header.items() if entry.dtype not in DTYPES]
+    copied = [name for name, entry in header.items() if entry.dtype not in WEIGHTS]
     for name in copied:
         for expert, sd in expert_sds.items():
             check_copied(name, reference[name], what, sd[name], expert)
@@ -143,8 +144,7 @@ def merge_state_dicts(
 
 
 def _header(state_dict: Mapping[str, Tensor]) -> dict[str, Header]:
-    codes = {dtype: code for code, dtype in DTYPES.items()}
     return {
-        name: Header(tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)))
+        name: Header(tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype)))
         for name, tensor in state_dict.items()
     }

@@ -11,8 +11,9 @@ import torch
 
 from ..experts.weights import refuse_quantized
 from ..io.checkpoints import Checkpoint, Source, open_checkpoint
+from ..io.dtypes import WEIGHTS
 from .companions import companions
-from .compatibility import DTYPES, Header, check_copied, check_headers
+from .compatibility import Header, check_copied, check_headers
 from .method import Stack
 
 
@@ -44,7 +45,7 @@ class Inputs:
 
     def stack_dtype(self, name: str) -> torch.dtype:
         """The dtype of a merged tensor."""
-        return DTYPES[self.reference.info(name).dtype]
+        return WEIGHTS[self.reference.info(name).dtype]
 
 
 def open_inputs(
@@ -81,7 +82,7 @@ def check_inputs(inputs: Inputs) -> list[str]:
     for checkpoint, _ in inputs.all():
         refuse_quantized(checkpoint, checkpoint.what)
     companions(reference)
-    copied = [name for name in reference if reference.info(name).dtype not in DTYPES]
+    copied = [name for name in reference if reference.info(name).dtype not in WEIGHTS]
     for name in copied:
         for expert, (checkpoint, _) in inputs.experts.items():
             check_copied(name, reference.read(name), what, checkpoint.read(name), expert)

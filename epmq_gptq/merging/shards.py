@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EPMQInputError
-from ..io.checkpoints import SIZES
+from ..io.dtypes import DTYPES
 from ..io.folders import INDEX_NAME, WEIGHTS_NAME
 
 
@@ -27,14 +27,14 @@ class Entry(NamedTuple):
     @property
     def nbytes(self) -> int:
         """How many bytes its data takes."""
-        if self.dtype not in SIZES:
+        if self.dtype not in DTYPES:
             raise EPMQInputError(
                 f"tensor `{self.name}` has the dtype {self.dtype}, which cannot be written.",
                 code="EPMQ-F06",
                 subject=f"tensor `{self.name}`",
-                remedy=f"Convert it to one of {', '.join(SIZES)}.",
+                remedy=f"Convert it to one of {', '.join(DTYPES)}.",
             )
-        return math.prod(self.shape) * SIZES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class ShardWriter:
@@ -71,7 +71,7 @@ class ShardWriter:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         ends = [0]
         # Readers map the file, so data must be aligned to its own size: the widest come first.
-        shard = sorted(shard, key=lambda entry: -SIZES[entry.dtype])
+        shard = sorted(shard, key=lambda entry: -DTYPES[entry.dtype].itemsize)
         for entry in shard:
             ends.append(ends[-1] + entry.nbytes)
             header[entry.name] = {

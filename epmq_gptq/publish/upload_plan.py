@@ -18,34 +18,21 @@ from typing import Any, NamedTuple
 from ..checks.validate import validate
 from ..errors import EPMQInputError
 from ..io.checkpoints import Checkpoint
-from ..io.folders import CARD_NAME, INDEX_NAME, check_file, list_folder, read_json, reason_of
+from ..io.folders import (
+    BESIDE,
+    CARD_NAME,
+    INDEX_NAME,
+    TEMPLATES,
+    check_file,
+    list_folder,
+    read_json,
+    reason_of,
+)
 from ..run_report import PAGE_NAME, REPORT_NAME
 from .card_facts import WHAT
 from .page.retention import FILE_NAME as EVALUATION
 
 _CONFIGS = ("config.json", "quantize_config.json")
-_BESIDE = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    CARD_NAME,
-)
-_TEMPLATES = "additional_chat_templates"
 _LEGAL = re.compile(r"(LICEN[CS]E|NOTICE)([-_.]?\w+)?(\.(txt|md))?")
 _REPORTS = (REPORT_NAME, PAGE_NAME, EVALUATION)
 # Lists of tokens: any string may be one, that of a path, too.
@@ -135,19 +122,22 @@ def plan_upload(
     for name in (*wanted, *shards):
         plan.files.append(UploadFile(name, folder / name, (folder / name).stat().st_size))
     sent = {file.name for file in plan.files}
-    plan.left = sorted(name for name in names if name not in sent and name != _TEMPLATES)
+    plan.left = sorted(name for name in names if name not in sent and name != TEMPLATES)
     return plan
 
 
 def _is_beside(name: str) -> bool:
-    return any(fnmatchcase(name, p) for p in _BESIDE) or _LEGAL.fullmatch(name) is not None
+    return (
+        any(fnmatchcase(name, p) for p in (*BESIDE, CARD_NAME))
+        or _LEGAL.fullmatch(name) is not None
+    )
 
 
 def _templates(folder: Path) -> list[str]:
-    if not (folder / _TEMPLATES).is_dir():
+    if not (folder / TEMPLATES).is_dir():
         return []
-    names = sorted(list_folder(folder / _TEMPLATES, WHAT))
-    return [f"{_TEMPLATES}/{name}" for name in names if name.endswith(".jinja")]
+    names = sorted(list_folder(folder / TEMPLATES, WHAT))
+    return [f"{TEMPLATES}/{name}" for name in names if name.endswith(".jinja")]
 
 
 def _unfit(cause: str, subject: str, remedy: str = _REMEDY) -> EPMQInputError:

@@ -10,9 +10,8 @@ import torch
 
 from ...errors import EPMQInputError
 from ...io.checkpoints import TensorInfo
+from ...io.dtypes import DTYPES
 from ...io.hub import open_remote
-
-_DTYPES = {"I32": torch.int32}
 
 
 class RemoteCheckpoint:
@@ -52,7 +51,7 @@ class RemoteCheckpoint:
         """An int32 tensor; nothing else of its file is fetched."""
         info, (start, stop) = self._tensors[name], self._offsets[name]
         content = self._hub.read(info.file, start, stop)
-        return torch.frombuffer(bytearray(content), dtype=_DTYPES[info.dtype]).reshape(info.shape)
+        return torch.frombuffer(bytearray(content), dtype=DTYPES[info.dtype]).reshape(info.shape)
 
     def config(self) -> dict[str, Any]:
         """``config.json``."""
