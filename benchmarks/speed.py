@@ -160,7 +160,7 @@ def main() -> None:
     )
     start = time.perf_counter()
     if has_gpu:
-        from speed.kernels import table
+        from speed.kernel_times import table
 
         kernels = table()
     with tempfile.TemporaryDirectory(dir=options.work) as scratch:

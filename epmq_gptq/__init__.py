@@ -111,5 +111,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "gptqmodel" in sys.modules:
+# Not while it is being imported itself: what it imports may import us.
+if hasattr(sys.modules.get("gptqmodel"), "GPTQModel"):
     install()

@@ -270,6 +270,8 @@ def test_a_wheel_holds_the_kernels(tmp_path):
         shutil.copytree(ROOT / folder, source / folder)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    (source / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "troubleshooting.md", source / "docs")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
         + ["--wheel-dir", str(tmp_path), str(source)],
@@ -280,6 +282,6 @@ def test_a_wheel_holds_the_kernels(tmp_path):
     assert {f"epmq_gptq/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")} <= names
     ours = {str(file.relative_to(ROOT)) for file in (ROOT / "epmq_gptq").rglob("*.py")}
     assert ours <= names
-    assets = (ROOT / "epmq_gptq" / "regret" / "assets").iterdir()
+    assets = [*(ROOT / "epmq_gptq").rglob("*.j2"), *(ROOT / "epmq_gptq").rglob("*.json")]
     assert {str(file.relative_to(ROOT)) for file in assets} <= names
     assert not any(name.startswith(("tests/", "kernels/", "benchmarks/")) for name in names)
