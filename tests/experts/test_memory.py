@@ -170,7 +170,7 @@ def test_a_quantized_or_foreign_state_dict_is_refused(family):
     name = "model.layers.0.mlp.up_proj"
     cases = [
         (weights | {f"{name}.qweight": torch.ones(1)}, "EPMQ-F07", "already quantized"),
-        (weights | {f"{name}.weight": torch.ones(128, 64).byte()}, "EPMQ-F06", "dtype uint8"),
+        (weights | {f"{name}.weight": torch.ones(128, 64).byte()}, "EPMQ-F06", "dtype U8"),
         (weights | {f"{name}.weight": torch.ones(9, 64)}, "EPMQ-F03", r"has shape \(9, 64\)"),
         ({"lm_head.weight": torch.ones(260, 64)}, "EPMQ-F01", "q_proj.weight` is missing"),
     ]

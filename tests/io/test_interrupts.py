@@ -72,6 +72,8 @@ def test_a_terminated_process_leaves_with_its_code():
 # A signal while a command line is read, and while its operation runs.
 _PROGRAM = """
 import signal, sys
+# As from a terminal, also where the tests were started in the background and SIGINT is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from epmq_gptq import cli
 
 moment, number = sys.argv.pop(1), int(sys.argv.pop(1))
