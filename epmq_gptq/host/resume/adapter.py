@@ -135,7 +135,8 @@ def _split_batches(state: dict[str, Any], batches: Sequence[Mapping[str, torch.T
     """Bring what is kept of each batch to this attempt's batches, which may be smaller."""
     cache = state["cache"]
     rows = [len(next(iter(batch.values()))) for batch in batches]
-    if len(cache.layer_inputs) == len(rows):
+    # Behind the last layer there are none, and nothing is left to run.
+    if len(cache.layer_inputs) in (0, len(rows)):
         return
     pieces: list[list[int]] = []
     for inputs in cache.layer_inputs:
