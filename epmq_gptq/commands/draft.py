@@ -25,7 +25,7 @@ from ..calibration.arguments import (
 from ..calibration.sources import RowSource
 from ..errors import EPMQInputError, EPMQWarning
 from ..io.console import Reporter
-from ..io.declared import is_word, shown
+from ..io.declared import conflict, is_word, shown
 from ..io.hub import fetch, local_folder, parse_hub_id
 from ..io.yaml_files import write_yaml
 from ..merging.lineage.facts import Lineage, is_local, published, refusal
@@ -474,12 +474,12 @@ def _refuse_given(given: Given) -> None:
     }
     for option, value in options.items():
         if value is not None:
-            raise EPMQInputError(
-                f"`{option}` goes with a merged model, and the target is a recipe.",
-                code="EPMQ-O03",
-                subject=f"`{option}`",
-                remedy="Write it in the recipe.",
-            )
+            raise of_merged_model(option, "Write it in the recipe.")
+
+
+def of_merged_model(option: str, remedy: str) -> EPMQInputError:
+    """The error of an option that a recipe has no use for."""
+    return conflict(option, "goes with a merged model, and the target is a recipe", remedy)
 
 
 # ---- writing -----------------------------------------------------------------------------------

@@ -67,17 +67,9 @@ class Subject:
             )
 
         def read() -> Mapping[str, Any]:
-            from ..calibration.draws import read_calibration
-            from .run_recipe import recipe_form
+            from .run_recipe import recipe_rows
 
-            return read_calibration(
-                recipe.calibration,
-                list(recipe.experts),
-                data_free=recipe.data_free,
-                seed=recipe.seed,
-                folder=recipe.folder,
-                form=recipe_form(recipe),
-            )
+            return recipe_rows(recipe)
 
         return cls(
             recipe.source(merged),

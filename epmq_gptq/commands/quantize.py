@@ -96,8 +96,10 @@ class WrittenRecipe(Result):
 
 def say_checkpoint(reporter: Reporter, out: Path) -> None:
     """The size of what was written, and that the host gave warnings."""
-    sizes = [file.stat().st_size for file in out.rglob("*") if file.is_file()]
-    reporter.step("checkpoint", f"{out}: {human_size(sum(sizes))} in {len(sizes)} files")
+    from .summary import folder_size
+
+    size, files = folder_size(out)
+    reporter.step("checkpoint", f"{out}: {human_size(size)} in {files} files")
     if reporter.host.alarms:
         count = len(reporter.host.alarms)
         reporter.note(f"GPTQModel gave {count} warnings on the way; --verbose shows them.")
@@ -214,16 +216,11 @@ def quantize(
 def _written_recipe(
     target: Any, given: Any, file: Path, overwrite: bool, reporter: Reporter
 ) -> WrittenRecipe:
-    from .draft import is_recipe, read_merge
+    from .draft import is_recipe, of_merged_model, read_merge
 
     option = "--write-recipe"
     if is_recipe(target):
-        raise EPMQInputError(
-            f"`{option}` goes with a merged model, and the target is a recipe.",
-            code="EPMQ-O03",
-            subject=f"`{option}`",
-            remedy="Copy the recipe.",
-        )
+        raise of_merged_model(option, "Copy the recipe.")
     forms.check_file(file, option)
     if file.exists() and not overwrite:
         raise EPMQInputError(

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import EPMQInputError
 from ..io.console import Reporter
 from . import forms
 from .operation import Result, Run, operation
@@ -110,11 +109,12 @@ def report(
     from ..publish.page.sources import Sources, check_page
 
     if out is None and open_page:
-        raise EPMQInputError(
-            "`--open` needs a page, and with `--json` alone none is made.",
-            code="EPMQ-O03",
-            subject="`--open`",
-            remedy="Say with `--out` where the page goes.",
+        from ..io.declared import conflict
+
+        raise conflict(
+            "--open",
+            "needs a page, and with `--json` alone none is made",
+            "Say with `--out` where the page goes.",
         )
     sources = Sources.read(folder, baseline, evaluation)
     if out is not None:

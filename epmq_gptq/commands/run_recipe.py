@@ -88,14 +88,7 @@ def run(recipe: Recipe, options: RunOptions, reporter: Reporter) -> RunResult:
     for source in recipe.row_sources:
         if source.dataset is not None:
             reporter.step("fetch", f"dataset {source.label}")
-    sets = read_calibration(
-        recipe.calibration,
-        list(recipe.experts),
-        data_free=recipe.data_free,
-        seed=recipe.seed,
-        folder=recipe.folder,
-        form=recipe_form(recipe),
-    )
+    sets = recipe_rows(recipe)
     reporter.step("rows", _described_rows(sets))
     config = recipe.config()
     with (
@@ -141,6 +134,18 @@ def _without_rows(block: dict[str, Any]) -> dict[str, Any]:
         name: [public(source) for source in each] if isinstance(each, list) else each
         for name, each in block.items()
     }
+
+
+def recipe_rows(recipe: Recipe) -> dict[str, list[RowSet]]:
+    """The rows that a recipe draws for every expert; as of ``read_calibration``."""
+    return read_calibration(
+        recipe.calibration,
+        list(recipe.experts),
+        data_free=recipe.data_free,
+        seed=recipe.seed,
+        folder=recipe.folder,
+        form=recipe_form(recipe),
+    )
 
 
 def recipe_form(recipe: Recipe) -> RowForm:

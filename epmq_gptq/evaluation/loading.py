@@ -17,6 +17,7 @@ from ..errors import EPMQInputError
 from ..host.loading import choose_device
 from ..io.checkpoints import Checkpoint, check_folder, resolve_source
 from ..io.dtypes import SPELLED
+from ..io.families import family_of
 from ..io.folders import read_json
 
 _WHAT = "the model"
@@ -263,12 +264,14 @@ def _make_dense(model: torch.nn.Module, checkpoint: Checkpoint, dtype: torch.dty
     for tensor in state.values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
+    family = family_of(checkpoint.config().get("model_type"))
+    prefix = "" if family is None else family.optional_prefix
     # GPTQModel loads in half precision; what the checkpoint holds in more is read again.
     for name in checkpoint:
         if checkpoint.info(name).torch_dtype is None or name.rpartition(".")[2] in PACKED:
             continue
-        # transformers 5 dropped this prefix of CLIP's vision tower; checkpoints of the hub have it.
-        names = (name, name.removeprefix("vision_model."), f"vision_model.{name}")
+        # Checkpoints of the hub have what transformers may have dropped, and the other way round.
+        names = (name, name.removeprefix(prefix), prefix + name)
         target = next((state[own] for own in names if own in state), None)
         if target is not None and tuple(target.shape) == checkpoint.info(name).shape:
             target.copy_(checkpoint.read(name))

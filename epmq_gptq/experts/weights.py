@@ -8,6 +8,7 @@ import torch
 
 from ..errors import EPMQInputError, EPMQNumericalError
 from ..io.dtypes import WEIGHTS
+from ..method.nonfinite import is_finite
 from .adapters import Update
 from .linears import Linear, StoredWeight, piece, resolve
 
@@ -130,15 +131,10 @@ def check_finite(
     remedy: str = "",
 ) -> None:
     """Raise :class:`EPMQNumericalError` naming the count and first index of non-finite entries."""
-    # One reduction in the common case: a sum of finite fp32 values can overflow, so it only
-    # clears; what it does not clear is looked at entry by entry.
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    if bool(torch.isfinite(tensor.sum(dtype=dtype))):
+    if is_finite(tensor):
         return
     bad = ~torch.isfinite(tensor)
     count = int(bad.sum())
-    if count == 0:
-        return
     first = tuple(bad.nonzero()[0].tolist())
     raise EPMQNumericalError(
         f"{what} holds {count} non-finite value{'s' if count > 1 else ''}, the first at index "

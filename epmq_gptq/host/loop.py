@@ -29,10 +29,11 @@ from ..checks import Preflight
 from ..checks.check import run_preflight
 from ..checks.estimates import committed
 from ..config import EPMQConfig
-from ..errors import EPMQError, EPMQInputError, EPMQWarning
+from ..errors import EPMQError, EPMQWarning
 from ..experts.experts import Experts
 from ..experts.linears import Linear
 from ..io.checkpoints import Checkpoint, hashing_meanwhile
+from ..io.declared import conflict
 from ..io.output import check_space, ran_full
 from ..io.phases import PHASES, Phases, peak_memory
 from ..kernels.rounding import triton_rounds
@@ -41,7 +42,7 @@ from ..method.weighting import Weighting
 from ..run_report import QuantizationReport
 from .failures import disk_error
 from .model_linears import check_architecture, check_head, quantizable_linears
-from .preparing import planned, recording_of, settle_alpha, trajectories_of
+from .preparing import device_of, planned, recording_of, settle_alpha, trajectories_of
 from .processor import EPMQProcessor
 from .provenance import provenance, requantized
 from .recorded.bundle import Bundle
@@ -150,7 +151,7 @@ def _open(model: BaseQModel, checkpoint: Any, start: float, stack: contextlib.Ex
     experts = Experts(config.experts, base=config.base, require_pinned=config.require_pinned)
     stack.callback(experts.close)
     model.epmq_sources = {"merged model": merged.path} | experts.folders
-    device = getattr(config.device, "value", None) or str(config.device or "cpu")
+    device = device_of(config)
     phases, extension = Phases(device), None
     if checkpoint is not None:
         extension = stack.enter_context(_resumable(model, checkpoint, phases))
@@ -257,7 +258,7 @@ def _quantize_recorded(model: BaseQModel, bundle: Bundle, backend, start: float)
     check_linears(bundle, linears)
     names = list(config.experts)
     tokens = {name: bundle.tokens[name] for name in names}
-    device = getattr(config.device, "value", None) or str(config.device or "cpu")
+    device = device_of(config)
     phases = Phases(device)
     weighting = Weighting(config.weighting, tokens, config.expert_weights)
     processor = EPMQProcessor(
@@ -333,23 +334,16 @@ def _report(
 
 # Options of the host's quantize() that cannot go with experts, and what to do instead.
 _REFUSED_OPTIONS = {
-    "calibration_concat_separator": "leave it out",
-    "adapter_calibration_dataset": "leave it out",
-    "embed_quant_config": "quantize embeddings in a later run",
-    "checkpoint": "requantizing takes no forward pass: start it again",
+    "embed_quant_config": "Quantize embeddings in a later run.",
+    "checkpoint": "Requantizing takes no forward pass: start it again.",
 }
 
 
 def _check_host_options(host_options: dict[str, Any]) -> None:
     for option, value in host_options.items():
         if value is not None:
-            remedy = _REFUSED_OPTIONS.get(option, "leave it out")
-            raise EPMQInputError(
-                f"`{option}` cannot be used with EPMQConfig.",
-                code="EPMQ-O03",
-                subject=f"`{option}`",
-                remedy=f"{remedy[0].upper()}{remedy[1:]}.",
-            )
+            remedy = _REFUSED_OPTIONS.get(option, "Leave it out.")
+            raise conflict(option, "cannot be used with EPMQConfig", remedy)
 
 
 _BUILD_FOLDER = "GPTQMODEL_TORCH_EXTENSIONS_DIR"

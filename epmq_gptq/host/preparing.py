@@ -19,6 +19,7 @@ from ..experts.experts import Experts
 from ..experts.linears import Linear
 from ..experts.passes.trajectories import ExpertTrajectories
 from ..io.checkpoints import Checkpoint
+from ..io.declared import conflict
 from ..io.output import check_space
 from ..io.phases import Phases
 from ..method.weighting import Weighting
@@ -52,11 +53,10 @@ def planned(
         )
         calibration = rules.encode(sets)
     elif concat_size is not None:
-        raise EPMQInputError(
-            "`calibration_concat_size` came with rows that are tokens and blocks already.",
-            code="EPMQ-O03",
-            subject="`calibration_concat_size`",
-            remedy="Leave it out, or set `concat` and `seqlen` of the sources.",
+        raise conflict(
+            "calibration_concat_size",
+            "came with rows that are tokens and blocks already",
+            "Leave it out, or set `concat` and `seqlen` of the sources.",
         )
     calibration.check_experts(experts.names, data_free)
     if config.chooses_alpha:
@@ -92,6 +92,11 @@ def settle_alpha(config: EPMQConfig, merged: Checkpoint) -> None:
         config.alpha = paper_alpha(str(merged.config().get("model_type")), merge)
 
 
+def device_of(config: EPMQConfig) -> str:
+    """Where a run computes, whether the host or the user has named it."""
+    return getattr(config.device, "value", None) or str(config.device or "cpu")
+
+
 def trajectories_of(
     model: BaseQModel,
     merged: Checkpoint,
@@ -114,7 +119,7 @@ def trajectories_of(
             experts,
             plan,
             linears,
-            device=torch.device(getattr(config.device, "value", None) or config.device or "cpu"),
+            device=torch.device(device_of(config)),
             dtype=next(model.model.parameters()).dtype,
             keep_going=config.on_bad_module == "rtn",
             phases=phases,

@@ -1,4 +1,4 @@
-"""Where an activation came from that is not finite: the batch, the row and the token."""
+"""Numbers that are not finite: whether there are any, and which token they came from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither a NaN nor an infinity."""
+    # One reduction in the common case: a sum of finite fp32 values can overflow, so it only
+    # clears; what it does not clear is looked at entry by entry.
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(torch.isfinite(tensor.sum(dtype=dtype))) or bool(torch.isfinite(tensor).all())
 
 
 class Origin(NamedTuple):

@@ -20,6 +20,7 @@ import torch
 from ..io.phases import Phases
 from .choice import GRID, choose_alpha, min_max_weights
 from .deltas import WeightDelta, data_free_gram
+from .nonfinite import is_finite
 from .statistics import Moments, combined
 from .target import add_anchor_, anchor_strength, centred, expert_target, numerical_rank
 
@@ -296,7 +297,7 @@ class _Problem:
         solution.merged = bool(layer.keep) or factor.alpha is None
         D = None if solution.merged else D
         solution.W, solution.merge_excess = expert_target(W_m, D, factor.L)
-        if not bool(torch.isfinite(solution.W).all()):
+        if not is_finite(solution.W):
             solution.fault = "not finite"
         elif D is not None:
             if layer.refit_bias:

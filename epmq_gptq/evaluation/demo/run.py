@@ -17,7 +17,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from ...config import EPMQConfig
-from ...errors import EPMQError, EPMQInputError
+from ...errors import EPMQError
+from ...io.declared import conflict
 from ...io.output import check_output, write_whole
 from ...merging import check_merge, merge, merge_methods
 from ...publish.card import write_card
@@ -47,12 +48,10 @@ class Demo:
     def __init__(self, options: DemoOptions, console: Console):
         self.out = check_output(options.out, {}, options.overwrite)
         if options.awq and options.quick:
-            raise EPMQInputError(
-                "`awq` cannot go with `quick`: GPTQModel's AWQ wants layers of at least 64 "
-                "outputs.",
-                code="EPMQ-O03",
-                subject="`awq`",
-                remedy="Leave one of the two out.",
+            raise conflict(
+                "awq",
+                "cannot go with `quick`: GPTQModel's AWQ wants layers of at least 64 outputs",
+                "Leave one of the two out.",
             )
         # Refused now, not after minutes of training; the experts' folders do not matter to it.
         EPMQConfig(

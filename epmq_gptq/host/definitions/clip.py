@@ -28,6 +28,7 @@ from ...calibration.batches import CalibrationPlan, input_rules
 from ...calibration.draws import read_calibration
 from ...calibration.images import PROCESSOR_FILES, ImageRow
 from ...errors import EPMQInputError
+from ...io.declared import conflict
 from ...io.families import family_of
 
 ARCHITECTURES = ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel")
@@ -213,12 +214,8 @@ class CLIPQModel(BaseQModel):
         }
         for option, value in joined.items():
             if value is not None:
-                raise EPMQInputError(
-                    f"`{option}` cannot be used with images, got {value!r}.",
-                    code="EPMQ-O03",
-                    subject=f"`{option}`",
-                    remedy="Leave it out.",
-                )
+                cause = f"cannot be used with images, got {value!r}"
+                raise conflict(option, cause, "Leave it out.")
         if self.reads_text and self.quantize_config.method == METHOD.AWQ:
             raise EPMQInputError(
                 "`dynamic` asks for CLIP's text tower, which AWQ cannot quantize: GPTQModel would "

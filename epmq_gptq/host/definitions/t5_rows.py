@@ -11,8 +11,7 @@ from gptqmodel.models.base import BaseQModel
 from ...calibration.batches import input_rules
 from ...calibration.draws import read_calibration
 from ...calibration.pairs import PairRow, PairRules
-from ...errors import EPMQInputError
-from ...io.declared import bad_option, is_count
+from ...io.declared import bad_option, conflict, is_count
 
 _NAME = "calibration"
 
@@ -34,12 +33,8 @@ def batches_of_pairs(
     """
     for option, value in concat.items():
         if value is not None:
-            raise EPMQInputError(
-                f"`{option}` cannot be used with pairs of texts, got {value!r}.",
-                code="EPMQ-O03",
-                subject=f"`{option}`",
-                remedy="Leave it out.",
-            )
+            cause = f"cannot be used with pairs of texts, got {value!r}"
+            raise conflict(option, cause, "Leave it out.")
     if not is_count(batch_size):
         raise bad_option("batch_size", "a positive integer", batch_size)
     rules = input_rules(model)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...config import EPMQConfig
 from ...errors import EPMQInputError, EPMQWarning
 from ...io.checkpoints import Checkpoint
+from ...io.declared import conflict
 from ...io.hub import parse_hub_id
 from .. import loading
 from .bundle import Bundle
@@ -95,11 +96,10 @@ def recorded_config(
     """
     for name, why in _SETTLED.items():
         if name in options:
-            raise EPMQInputError(
-                f"`{name}` cannot be changed when statistics are quantized: {why}.",
-                code="EPMQ-O03",
-                subject=f"`{name}`",
-                remedy="Leave it out, or quantize with calibration rows.",
+            raise conflict(
+                name,
+                f"cannot be changed when statistics are quantized: {why}",
+                "Leave it out, or quantize with calibration rows.",
             )
     known = list(bundle.experts)
     for name in leave_out:
@@ -164,11 +164,10 @@ def _recorded_merge(bundle: Bundle) -> str:
     source, revision = bundle.merged.get("source"), bundle.merged.get("revision")
     asked = parse_hub_id(str(source))
     if asked is None or revision is None:
-        raise EPMQInputError(
-            f"`merged` is missing: the statistics are of a local model, `{source}`.",
-            code="EPMQ-O03",
-            subject="`merged`",
-            remedy="Give the folder of that merged model.",
+        raise conflict(
+            "merged",
+            f"is missing: the statistics are of a local model, `{source}`",
+            "Give the folder of that merged model.",
         )
     return asked.at(revision)
 

@@ -23,7 +23,7 @@ from gptqmodel.looper.extension import LoopBoundary
 
 from ...config import EPMQConfig
 from ...errors import EPMQError, EPMQInputError, EPMQStopped, EPMQWarning
-from ...io.declared import is_count
+from ...io.declared import conflict, is_count
 from ...io.families import FAMILIES
 from ...io.interrupts import handled
 from ...io.output import check_output, ran_full
@@ -73,26 +73,22 @@ def check_checkpoint(checkpoint: Any, config: EPMQConfig, model_type: str) -> Ch
             remedy="Leave it out; the run itself is not affected.",
         )
     if not config.offload_to_disk:
-        raise EPMQInputError(
-            "`checkpoint` needs `offload_to_disk=True`: finished layers are committed from there.",
-            code="EPMQ-O03",
-            subject="`checkpoint`",
-            remedy="Leave `offload_to_disk` as it is by default.",
+        raise conflict(
+            "checkpoint",
+            "needs `offload_to_disk=True`: finished layers are committed from there",
+            "Leave `offload_to_disk` as it is by default.",
         )
     if not config.true_sequential:
-        raise EPMQInputError(
-            "`checkpoint` needs `true_sequential=True`.",
-            code="EPMQ-O03",
-            subject="`checkpoint`",
-            remedy="Leave `true_sequential` as it is by default.",
+        raise conflict(
+            "checkpoint",
+            "needs `true_sequential=True`",
+            "Leave `true_sequential` as it is by default.",
         )
     if checkpoint.path == "auto" and getattr(config, "_offload_temp_dir", None) is not None:
-        raise EPMQInputError(
-            '`checkpoint` with `path="auto"` would be in a temporary folder, which is gone with '
-            "the process.",
-            code="EPMQ-O03",
-            subject="`checkpoint`",
-            remedy="Give its `path`, or set `offload_to_disk_path`.",
+        raise conflict(
+            "checkpoint",
+            'with `path="auto"` would be in a temporary folder, which is gone with the process',
+            "Give its `path`, or set `offload_to_disk_path`.",
         )
     return replace(checkpoint, path=checkpoint.resolve_path(config.offload_to_disk_path))
 

@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import made
 import pytest
-from hub import Hub
-from huggingface_hub import constants
 from made import damaged
 
 from epmq_gptq.checks.engines import check_checkpoint
 from epmq_gptq.checks.engines.check import REMOTE_LAYERS
 from epmq_gptq.errors import EPMQInputError
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub that this process talks to, and an empty cache."""
-    with Hub() as double:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", double.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        template = double.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        from huggingface_hub.hf_api import api
-
-        monkeypatch.setattr(api, "endpoint", double.url)
-        yield double
 
 
 def test_headers_are_enough(hub, checkpoint, tmp_path):
